@@ -1,0 +1,88 @@
+"""The canvas: the partial latent picture that steps write into.
+
+What a step adds and how the result is kept (sum of residuals in VAR, replacement in others) is the business of the
+tokenizer's quantiser; the canvas is the value that results. It is never changed in place: writing gives a new one,
+so a run that was forked keeps its own.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nextscale.layers.resize import ResizeRule, resize
+from nextscale.plan import Plan
+
+
+class Codec(Protocol):
+    """What a canvas asks of a tokenizer's quantiser."""
+
+    latent_width: int
+    read_rule: ResizeRule
+
+    def contribution(self, step: int, steps: int, codes_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the codes of a step (B, C, h, w) bring to the latent at full size, (B, C, H, W)."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., ) int64 to code vectors (..., C); code vectors pass through."""
+        ...
+
+    def accumulate(self, value: Tensor, contribution: Tensor) -> Tensor:
+        """The new latent from the old one and a step's contribution."""
+        ...
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A partial latent (B, maps * C, H, W) in float32, with the plan and the codec that give it meaning."""
+
+    value: Tensor
+    plan: Plan
+    codec: Codec
+
+    @classmethod
+    def empty(cls, plan: Plan, codec: Codec, pictures: int, device: torch.device | str = "cpu") -> Canvas:
+        """A canvas of zeros."""
+        width = codec.latent_width * plan.steps[-1].maps
+        return cls(torch.zeros(pictures, width, *plan.grid, device=device), plan, codec)
+
+    def contribution(self, step: int, tokens: Tensor) -> Tensor:
+        """What one step alone brings, (B, maps * C, H, W).
+
+        ``tokens`` are indices (B, L) or code vectors (B, L, C) of that step, in the order of its cells.
+        """
+        at = self.plan.steps[step]
+        codes_BLC = self.codec.embed(tokens)
+        pictures = codes_BLC.shape[0]
+        maps = codes_BLC.reshape(pictures * at.maps, *at.grid, -1).permute(0, 3, 1, 2)
+        out = self.codec.contribution(step, len(self.plan), maps, self.plan.grid)
+        return out.reshape(pictures, -1, *self.plan.grid)
+
+    def write(self, step: int, tokens: Tensor) -> Canvas:
+        """The canvas after a step's tokens (or code vectors) are written."""
+        return self.after(self.contribution(step, tokens))
+
+    def after(self, contribution: Tensor) -> Canvas:
+        """The canvas after a contribution that is known already."""
+        return replace(self, value=self.codec.accumulate(self.value, contribution))
+
+    def read(self, step: int) -> Tensor:
+        """The un-embedded input of a step: the canvas at that step's grid, (B, L, C), by the codec's rule."""
+        at = self.plan.steps[step]
+        maps = self.value.reshape(-1, self.codec.latent_width, *self.plan.grid)
+        small = resize(maps, at.grid, self.codec.read_rule)
+        return small.flatten(2).transpose(1, 2).reshape(self.value.shape[0], -1, self.codec.latent_width)
+
+    def map(self, index: int = -1) -> Tensor:
+        """One map of the latent, (B, C, H, W); the last is the picture."""
+        c = self.codec.latent_width
+        maps = self.value.shape[1] // c
+        index = index % maps
+        return self.value[:, index * c:(index + 1) * c]
+
+    def gather(self, items: Tensor) -> Canvas:
+        """The canvases of the pictures ``items``, in that order."""
+        return replace(self, value=self.value[items])

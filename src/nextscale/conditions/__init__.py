@@ -1,0 +1,1 @@
+"""Conditions: what the picture is of, one file a kind."""

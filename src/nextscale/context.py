@@ -1,0 +1,162 @@
+"""The context of a network evaluation, and the hooks that a user adds to a run without touching the model.
+
+A generator passes every block, residual branch and attention through the context. With no hook these are plain calls;
+hooks wrap them, the first in the list innermost.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nextscale.errors import InputError
+from nextscale.layers.attention import attention, visibility_mask
+from nextscale.layers.memory import Group, Memory, Tags
+from nextscale.run import At, Call, Rows, Run, Sample
+
+Function = Callable[[Tensor, Rows], Tensor]
+Attend = Callable[[Tensor, "Tensor | None", "Tensor | None", Rows], Tensor]
+
+
+class Hook:
+    """What may be added to a run. Override what you need; a hook keeps nothing itself, but in ``ctx.memory.state``."""
+
+    def inputs(self, run: Run, call: Call) -> Call:
+        """The rows of a step before the network sees them."""
+        return call
+
+    def output(self, outputs: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        """The head's native output of every branch, (B, L, V), before guidance."""
+        return outputs
+
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        """The guided output, (B, L, V), before the filters."""
+        return logits
+
+    def tokens(self, run: Run, sample: Sample) -> Sample:
+        """What was chosen, before it is written."""
+        return sample
+
+    def end(self, run: Run, step: int) -> None:
+        """After a step was written."""
+
+    def block(self, ctx: Context, address: str, x: Tensor, rows: Rows, inner: Function) -> Tensor:
+        """Around a whole block."""
+        return inner(x, rows)
+
+    def residual(self, ctx: Context, address: str, kind: str, x: Tensor, rows: Rows, inner: Function) -> Tensor:
+        """Around a residual branch (``kind`` is ``"attention"`` or ``"mlp"``); returns x plus what the branch adds."""
+        return inner(x, rows)
+
+    def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
+               inner: Attend) -> Tensor:
+        """Around an attention: before ``inner`` the rows of this call are not in memory yet, after it they are."""
+        return inner(q, k, v, rows)
+
+
+def overrides(hook: Hook, name: str) -> bool:
+    return getattr(type(hook), name) is not getattr(Hook, name)
+
+
+class Context:
+    """What a network evaluation may ask for besides its weights: memory, hooks, what is constant over the run.
+
+    memory None is a pass without memory (training, scoring). ``scratch`` lives for one call. With ``check`` the
+    promise of unmasked rows is tested against their tags.
+    """
+
+    def __init__(self, memory: Memory | None = None, hooks: Sequence[Hook] = (), check: bool = False):
+        self.memory = memory
+        self.check = check
+        self.scratch: dict[Any, Any] = {}
+        self._block = [h for h in hooks if overrides(h, "block")]
+        self._residual = [h for h in hooks if overrides(h, "residual")]
+        self._attends = [h for h in hooks if overrides(h, "attend")]
+
+    def block(self, address: str, x: Tensor, f: Function, rows: Rows) -> Tensor:
+        """f(x, rows) of a whole block, inside the hooks."""
+        for hook in self._block:
+            f = _wrap(hook.block, self, address, f)
+        return f(x, rows)
+
+    def residual(self, address: str, kind: str, x: Tensor, f: Function, rows: Rows) -> Tensor:
+        """x + f(x, rows) of a residual branch, inside the hooks."""
+        if not self._residual:
+            return x + f(x, rows)
+        inner: Function = lambda x, rows: x + f(x, rows)  # noqa: E731
+        for hook in self._residual:
+            inner = _wrap_residual(hook, self, address, kind, inner)
+        return inner(x, rows)
+
+    def attend(self, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
+               krows: Rows | None = None, scale: float | None = None) -> Tensor:
+        """Attention of q (R, H, L, E) over what the address holds and the k, v (R, H, N, E) of this call.
+
+        k None reads what the address holds and adds nothing. ``krows`` are the rows of k where they aren't those of q.
+        """
+        inner: Attend = lambda q, k, v, rows: self._attend(address, q, k, v, rows, krows or rows, scale)  # noqa: E731
+        for hook in self._attends:
+            inner = _wrap_attend(hook, self, address, inner)
+        return inner(q, k, v, rows)
+
+    def once(self, address: str, make: Callable[[], Any]) -> Any:
+        """A value that doesn't change over the run: computed at the first call, kept with the run."""
+        return make() if self.memory is None else self.memory.constant(address, make)
+
+    def _attend(self, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows, krows: Rows,
+                scale: float | None) -> Tensor:
+        if self.memory is None:
+            if k is None or v is None:
+                raise InputError(f"attention at {address}: a pass without memory has no keys to read back")
+            return attention(q, k, v, self._mask(rows, krows.tags, address), scale)
+        groups = self.memory.groups[address] if k is None or v is None else self.memory.append(
+            address, k, v, krows.tags)
+        if groups[0].heads is None:
+            return self._attend_group(groups[0], q, rows, address, scale)
+        out = q.new_empty((*q.shape[:3], groups[0].v.shape[3]))
+        for i, group in enumerate(groups):
+            out[:, group.heads] = self._attend_group(group, q[:, group.heads], rows, f"{address}/{i}", scale)
+        return out
+
+    def _attend_group(self, group: Group, q: Tensor, rows: Rows, address: str, scale: float | None) -> Tensor:
+        assert self.memory is not None
+        mask = None
+        own = group.tags is not None
+        valid = group.tags.valid if group.tags is not None else (self.memory.log and self.memory.log.valid)
+        if rows.masked or valid is not None or self.check:
+            tags = self.memory.tags_of(group)
+            assert tags is not None
+            mask = self._mask(rows, tags, address if own else "")
+        n = group.rows
+        return attention(q, group.k[:, :, :n], group.v[:, :, :n], mask, scale)
+
+    def _mask(self, rows: Rows, keys: Tags, address: str) -> Any:
+        if self.check and not rows.masked and keys.valid is None:
+            seen = rows.visible.sees(rows.step[:, :, None], keys.step[:, None, :])
+            if not bool(seen.all()):
+                raise InputError(f"attention at {address}: rows promised to see everything, but {int((~seen).sum())} "
+                                 "pairs are hidden by the visibility; set masked=True")
+        if not rows.masked and keys.valid is None:
+            return None
+        # All addresses that follow the log share one mask; a shorter one (rows selected by a hook) gets its own.
+        key = (address, id(rows.step), len(rows), len(keys))
+        if key not in self.scratch:
+            sees = rows.visible.sees if rows.masked else (lambda q, k: (k == k) & (q == q))
+            mask = visibility_mask(sees, rows.step, keys.step)
+            if keys.valid is not None:
+                mask = mask & keys.valid[:, None, None, :]
+            self.scratch[key] = (mask, rows.step)
+        return self.scratch[key][0]
+
+
+def _wrap(method: Any, ctx: Context, address: str, inner: Function) -> Function:
+    return lambda x, rows: method(ctx, address, x, rows, inner)
+
+
+def _wrap_residual(hook: Hook, ctx: Context, address: str, kind: str, inner: Function) -> Function:
+    return lambda x, rows: hook.residual(ctx, address, kind, x, rows, inner)
+
+
+def _wrap_attend(hook: Hook, ctx: Context, address: str, inner: Attend) -> Attend:
+    return lambda q, k, v, rows: hook.attend(ctx, address, q, k, v, rows, inner)

@@ -1,0 +1,1 @@
+"""Network bodies, one file a kind: ``generator(call, ctx) -> hidden``."""

@@ -1,0 +1,207 @@
+"""VAR's transformer (arXiv 2404.02905, section 3.3): adaLN blocks over all scales, one learned row a position."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.context import Context
+from nextscale.errors import InputError
+from nextscale.layers.adaln import Modulation, modulated_norm
+from nextscale.layers.mlp import MLP, drop_path
+from nextscale.plan import Plan
+from nextscale.run import Call, Rows, Run
+
+
+@dataclass(frozen=True)
+class VARGeneratorConfig:
+    """Sizes of the transformer.
+
+    width C = 64 depth and heads = depth in the published models. shared_modulation: one adaLN layer for all blocks,
+    each adding a learned offset (the 512-pixel model). l2_attention: queries and keys of unit length with a learned
+    scale a head. drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+    """
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    shared_modulation: bool = False
+    l2_attention: bool = True
+    drop_path: float = 0.0
+
+    @classmethod
+    def of_depth(cls, depth: int, **changes: object) -> VARGeneratorConfig:
+        """The published rule: 64 channels a head, as many heads as blocks, stochastic depth 0.1 depth / 24."""
+        values: dict[str, object] = {"depth": depth, "width": 64 * depth, "heads": depth,
+                                     "drop_path": 0.1 * depth / 24, **changes}
+        return cls(**values)  # type: ignore[arg-type]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; keys have no bias. With l2 attention the softmax scale is learned a head."""
+
+    def __init__(self, config: VARGeneratorConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.width))
+        self.v_bias = nn.Parameter(torch.zeros(config.width))
+        self.scale_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0))) \
+            if config.l2_attention else None
+        self.projection = nn.Linear(config.width, config.width)
+        self.plain_scale = 0.25 / math.sqrt(config.width // config.heads)
+
+    def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
+        r, length, c = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))
+        q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scale = self.plain_scale
+        if self.scale_1H11 is not None:
+            gain = self.scale_1H11.clamp_max(math.log(100.0)).exp().to(q.dtype)
+            q, k, scale = F.normalize(q, dim=-1) * gain, F.normalize(k, dim=-1), 1.0
+        out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
+        return self.projection(out.transpose(1, 2).reshape(r, length, c))
+
+
+class Block(nn.Module):
+    """x += gate1 attention(norm(x)); x += gate2 MLP(norm(x)), norms modulated by the condition."""
+
+    def __init__(self, config: VARGeneratorConfig, drop: float):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.mlp = MLP(config.width, config.mlp_ratio)
+        self.drop = drop
+        if config.shared_modulation:
+            self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, config.width))
+        else:
+            self.modulation = Modulation(config.width, config.width, 6)
+
+    def modulate(self, cond_RD: Tensor, shared_R16C: Tensor | None) -> tuple[Tensor, ...]:
+        """gate1, gate2, scale1, scale2, shift1, shift2, each (R, 1, C)."""
+        parts = self.modulation(cond_RD) if shared_R16C is None else shared_R16C + self.modulation_offset
+        return tuple(parts.unbind(2))
+
+    def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str, shared: Tensor | None) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = ctx.once(
+            f"{address}.modulation", lambda: self.modulate(rows.cond, shared))
+
+        def attention(x: Tensor, rows: Rows) -> Tensor:
+            return drop_path(gate1 * self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address),
+                             self.drop, self.training)
+
+        def mlp(x: Tensor, rows: Rows) -> Tensor:
+            return drop_path(gate2 * self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
+
+        x = ctx.residual(address, "attention", x, attention, rows)
+        return ctx.residual(address, "mlp", x, mlp, rows)
+
+
+class VARGenerator(nn.Module):
+    """The transformer over a plan of scales. ``embed`` makes rows from step inputs, the call gives hidden states.
+
+    latent_width: channels of the canvas, which step inputs are read from.
+    """
+
+    def __init__(self, config: VARGeneratorConfig, plan: Plan, latent_width: int, name: str = "base"):
+        super().__init__()
+        self.config, self.plan, self.name = config, plan, name
+        c = config.width
+        self.word = nn.Linear(latent_width, c)
+        self.start = nn.Parameter(torch.zeros(1, plan.steps[0].rows, c))
+        self.position = nn.Parameter(torch.zeros(1, plan.length, c))
+        self.level = nn.Embedding(len(plan), c)
+        self.shared_modulation = Modulation(c, c, 6) if config.shared_modulation else None
+        drops = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, drop) for drop in drops)
+        self.head_modulation = Modulation(c, c, 2)
+
+    def positions(self, first: int, last: int) -> Tensor:
+        """Learned position and level of the rows of some steps, (1, L, C)."""
+        span = self.plan.span(first, last)
+        return self.position[:, span] + self.level(self.plan.step_of_row[span].to(self.position.device))
+
+    def embed(self, reads: Sequence[Tensor | None], cond_RD: Tensor, first: int, last: int) -> Tensor:
+        """Rows x (R, L, C) of the steps ``first..last`` from their inputs (B, L_k, latent_width).
+
+        The first step's rows are the condition plus a learned start; others embed their input.
+        """
+        dtype, copies = self.word.weight.dtype, 1
+        known = [r for r in reads[first:last] if r is not None]
+        if known:
+            copies = len(cond_RD) // len(known[0])
+        parts = [self.word(r.to(dtype)).repeat(copies, 1, 1) for r in known]
+        if first == 0:
+            parts.insert(0, cond_RD[:, None] + self.start.to(dtype))
+        return torch.cat(parts, 1) + self.positions(first, last).to(dtype)
+
+    def call(self, run: Run) -> Call:
+        """The call for the run's next step: all steps that memory lacks, up to the cursor; the cursor's rows predict."""
+        if run.plan.steps != self.plan.steps:
+            raise InputError(f"{self.name}: the model's positions are learned for the schedule "
+                             f"{[s.grid for s in self.plan]}, the run has {[s.grid for s in run.plan]}")
+        first, last = run.filled, run.cursor + 1
+        cond = run.memory.constant("condition", lambda: run.conditions().to(self.word.weight.dtype))
+        rows = run.rows(first, last, cond=cond)
+        raw = None if run.reads[run.cursor] is None else run.reads[run.cursor]
+        predicts = slice(len(rows) - run.plan.steps[run.cursor].rows, len(rows))
+        return Call(self.embed(run.reads, cond, first, last), rows, predicts, raw)
+
+    def forward(self, call: Call, ctx: Context) -> Tensor:
+        """Hidden states (R, L, C) of all rows, normalised and modulated for the head."""
+        x, rows = call.x, call.rows
+        shared = None
+        if self.shared_modulation is not None:
+            layer = self.shared_modulation
+            shared = ctx.once(f"{self.name}.shared_modulation", lambda: layer(rows.cond))
+        for i, block in enumerate(self.blocks):
+            address = f"{self.name}.{i}"
+            x = ctx.block(address, x, _bound(block, ctx, address, shared), rows)
+        scale, shift = ctx.once(f"{self.name}.head_modulation",
+                                lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
+        return modulated_norm(x, scale, shift)
+
+
+def _bound(block: nn.Module, ctx: Context, address: str, shared: Tensor | None):  # type: ignore[no-untyped-def]
+    return lambda x, rows: block(x, rows, ctx, address, shared)
+
+
+@torch.no_grad()
+def initialise(generator: VARGenerator, head: nn.Linear, table: nn.Module, gate: float = 1e-3, scale: float = 0.5,
+               head_scale: float = 0.02) -> None:
+    """VAR's initialisation: truncated normal of std sqrt(1 / 3C) everywhere, then small gates and a small head.
+
+    gate: factor on the adaLN weights of the residual gates (``alng``: smaller for deeper models); scale: on those of
+    scales and shifts; head_scale: on the output layer.
+    """
+    width, depth = generator.config.width, generator.config.depth
+    std = math.sqrt(1 / width / 3)
+    for root in (generator, head, table):
+        for module in root.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+    for parameter in (generator.start, generator.position):
+        nn.init.trunc_normal_(parameter, std=std)
+    head.weight.mul_(head_scale)
+    generator.head_modulation.weight.mul_(scale)
+    if generator.shared_modulation is not None:
+        generator.shared_modulation.weight[:2 * width].mul_(gate)
+        generator.shared_modulation.weight[2 * width:].mul_(scale)
+    for block in generator.blocks:
+        assert isinstance(block, Block)
+        block.attention.projection.weight.div_(math.sqrt(2 * depth))
+        block.mlp.contract.weight.div_(math.sqrt(2 * depth))
+        if generator.config.shared_modulation:
+            offset = block.modulation_offset.normal_(std=1 / math.sqrt(width))
+            offset[:, :, :2].mul_(gate)
+            offset[:, :, 2:].mul_(scale)
+        else:
+            block.modulation.weight[:2 * width].mul_(gate)
+            block.modulation.weight[2 * width:].mul_(scale)

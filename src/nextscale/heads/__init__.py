@@ -1,0 +1,1 @@
+"""Heads: what happens between two canvas writes, one file a kind."""

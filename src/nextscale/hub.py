@@ -1,0 +1,163 @@
+"""Weights in and out: local files or the Hugging Face hub, safetensors or published PyTorch files, never pickled code.
+
+Published tensor names are turned into ours by a name map, a table of regular expressions that a system's file holds.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.errors import WeightsError
+
+NameMap = Sequence[tuple[str, str | None]]
+"""Pairs (regular expression of the whole published name, our name), the first match counts; None drops the tensor."""
+
+
+def find_weights(where: str | Path) -> Path:
+    """A local file, or one of a hub repository written ``owner/name/file`` or ``owner/name/folder/file@revision``.
+
+    Raises WeightsError where neither is there.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; name the weights file in it")
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+?\.(?:safetensors|pth|pt|bin))(?:@([\w.-]+))?", str(where))
+    if match is None or ".." in str(where):
+        raise WeightsError(f"no weights file at {where}; give a path, or owner/name/file.pth of a hub repository")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(match[1], match[2], revision=match[3]))
+    except Exception as error:  # the hub has dozens of error types, all of which mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{where}: no such local file, and the hub did not give it ({reason})") from None
+
+
+def read_tensors(where: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights file by name: .safetensors, or .pth/.pt/.bin with ``weights_only=True``.
+
+    Training checkpoints that nest a state dict give the first one found. Raises WeightsError on truncated or foreign
+    files.
+    """
+    path = find_weights(where)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}: {reason}); "
+                           "it is cut short, damaged, or holds more than tensors") from None
+    tensors = _first_state_dict(found)
+    if tensors is None:
+        raise WeightsError(f"{path} holds no tensors by name; expected a state dict")
+    return tensors
+
+
+def _first_state_dict(value: Any) -> dict[str, Tensor] | None:
+    if not isinstance(value, Mapping):
+        return None
+    tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
+    if tensors:
+        return tensors
+    for inner in value.values():
+        found = _first_state_dict(inner)
+        if found:
+            return found
+    return None
+
+
+def rename(tensors: Mapping[str, Tensor], names: NameMap) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under our names, and the published names that no entry of the map knows."""
+    renamed, unknown = {}, []
+    for name, tensor in tensors.items():
+        for pattern, ours in names:
+            match = re.fullmatch(pattern, name)
+            if match:
+                if ours is not None:
+                    renamed[match.expand(ours)] = tensor
+                break
+        else:
+            unknown.append(name)
+    return renamed, unknown
+
+
+def load_published(module: nn.Module, tensors: Mapping[str, Tensor], names: NameMap, where: str = "checkpoint",
+                   optional: Sequence[str] = ()) -> None:
+    """Load published tensors into a module, strictly.
+
+    optional: regular expressions of our names that may be absent or of another shape (counters). Raises WeightsError
+    naming the tensors that are missing, unknown or of another shape.
+    """
+    renamed, unknown = rename(tensors, names)
+    own = module.state_dict()
+
+    def may_lack(name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in optional)
+
+    foreign = [n for n in renamed if n not in own]
+    shapes = [f"{n} {tuple(renamed[n].shape)} instead of {tuple(own[n].shape)}"
+              for n in renamed if n in own and renamed[n].shape != own[n].shape and not may_lack(n)]
+    covered = {n for n in renamed if n in own and renamed[n].shape == own[n].shape}
+    missing = [n for n in own if n not in covered and n not in renamed and not may_lack(n)]
+    problems = [f"{label}: {_some(found)}" for label, found in
+                (("unknown", unknown + foreign), ("missing", missing), ("wrong shape", shapes)) if found]
+    if problems:
+        raise WeightsError(f"{where} doesn't fit the model; " + "; ".join(problems))
+    module.load_state_dict({n: renamed[n] for n in covered}, strict=False)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write safetensors under a temporary name, then rename. Raises WeightsError when the disk refuses."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise WeightsError(f"{path} can't be written ({error}); {free / 1e6:.0f} MB are free there") from None
+    return path
+
+
+def save_json(value: Mapping[str, Any], path: Path) -> Path:
+    """Write JSON under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WeightsError(f"{path} can't be written ({error})") from None
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises WeightsError where it isn't one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read as a model's configuration ({error})") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds {type(value).__name__}; a model's configuration is an object")
+    return value

@@ -1,0 +1,23 @@
+"""Adaptive layer normalisation: scale, shift and gate from the condition (DiT, arXiv 2212.09748)."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.layers.norms import layer_norm
+
+
+def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift."""
+    return layer_norm(x_RLC) * (1 + scale_R1C) + shift_R1C
+
+
+class Modulation(nn.Linear):
+    """SiLU, then a linear layer to ``parts`` vectors of width C: conditions (R, D) to (R, 1, parts, C)."""
+
+    def __init__(self, condition_width: int, width: int, parts: int):
+        super().__init__(condition_width, parts * width)
+        self.parts = parts
+
+    def forward(self, cond_RD: Tensor) -> Tensor:
+        return super().forward(F.silu(cond_RD)).unflatten(-1, (self.parts, -1))[:, None]

@@ -1,0 +1,26 @@
+"""Feed-forward networks and the dropping of residual branches."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear, GELU (tanh approximation), linear; ``ratio`` times the width inside."""
+
+    def __init__(self, width: int, ratio: float = 4.0):
+        super().__init__()
+        self.expand = nn.Linear(width, round(width * ratio))
+        self.contract = nn.Linear(round(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+
+
+def drop_path(x: Tensor, probability: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): drop a branch for whole pictures, scale the others by 1 / (1 - p)."""
+    if not training or probability == 0.0:
+        return x
+    keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= probability
+    return x * (keep / (1 - probability)).to(x.dtype)

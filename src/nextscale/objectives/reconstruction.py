@@ -1,0 +1,87 @@
+"""The tokenizer's objective: reconstruction, latent losses, perceptual distance, and an optional patch discriminator.
+
+loss = w1 |x - y| + w2 |x - y|^2 + commitment + codebook + wp perceptual(x, y) + wa(t) * adaptive * adversarial(y),
+as in VQGAN (arXiv 2012.09841, eq. 6-7) and VAR (arXiv 2404.02905, eq. 5).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.tokenizers.multiscale_vq import TrainingOutput
+
+
+@dataclass(frozen=True)
+class ReconstructionWeights:
+    """Weights of the terms; ``adversarial_start`` is the share of the training after which the discriminator acts,
+    ``adversarial_warmup`` the share over which its weight rises from 0."""
+
+    l1: float = 0.2
+    l2: float = 1.0
+    commitment: float = 0.25
+    codebook: float = 1.0
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+    adversarial_start: float = 0.5
+    adversarial_warmup: float = 0.1
+
+
+def perceptual_distance(features: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared distance of the channel-normalised feature maps of two pictures, summed over the maps.
+
+    ``features(picture)`` gives a list of maps (B, C, h, w) of any frozen network (LPIPS without its learned weights,
+    arXiv 1801.03924).
+    """
+    total = x.new_zeros(())
+    with torch.no_grad():
+        wanted = features(x)
+    for a, b in zip(wanted, features(y), strict=True):
+        total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+    return total
+
+
+def reconstruction_loss(picture: Tensor, output: TrainingOutput, weights: ReconstructionWeights,
+                        features: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """All terms but the adversarial one; returns the loss and each term by name. Pictures in [-1, 1]."""
+    y = output.reconstruction.float()
+    terms = {"l1": (picture - y).abs().mean(), "l2": (picture - y).square().mean(),
+             "commitment": output.commitment_loss, "codebook": output.codebook_loss}
+    if features is not None and weights.perceptual:
+        terms["perceptual"] = perceptual_distance(features, picture, y)
+    loss = sum((getattr(weights, name) * value for name, value in terms.items()), picture.new_zeros(()))
+    terms["psnr"] = psnr(picture, y.detach().clamp(-1, 1)).mean()
+    return loss, terms
+
+
+def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture, (B,), for pictures in [-1, 1]; inside ``mask`` (B, 1, S, S')
+    if given."""
+    error = (x - y).square()
+    if mask is None:
+        mse = error.flatten(1).mean(1)
+    else:
+        mse = (error * mask).flatten(1).sum(1) / (mask.flatten(1).sum(1) * x.shape[1]).clamp_min(1e-6)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+def adversarial_weight(weights: ReconstructionWeights, progress: float) -> float:
+    """The discriminator's weight at a share of the training in [0, 1]: zero, then rising, then constant."""
+    if progress < weights.adversarial_start:
+        return 0.0
+    rise = (progress - weights.adversarial_start) / max(weights.adversarial_warmup, 1e-9)
+    return weights.adversarial * min(1.0, rise)
+
+
+def adaptive_scale(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:
+    """VQGAN's lambda: ratio of the two terms' gradient norms at the decoder's last layer (eq. 7), at most ``limit``."""
+    by_picture = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
+    by_critic = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
+    return (by_picture / (by_critic + 1e-4)).clamp(0, limit).detach()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of the patch discriminator."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())

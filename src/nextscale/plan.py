@@ -1,0 +1,165 @@
+"""The plan of a generation: which steps there are, what each predicts, and what each may see.
+
+A plan is static and hashable. Row spans, cells, masks, FLOPs and cache sizes are derived from it and never stored
+beside it.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextscale.errors import InputError
+
+
+class Span(NamedTuple):
+    """Rows ``lo:hi`` of a call that belong to ``step``."""
+
+    step: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which steps a row sees: its own (all of it, both directions) and ``previous`` earlier ones (None: all)."""
+
+    previous: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.previous is not None and self.previous < 0:
+            raise InputError(f"visibility: previous={self.previous} is negative; use None for all earlier steps")
+
+    def sees(self, query_step: Tensor, key_step: Tensor) -> Tensor:
+        """Boolean tensor (broadcast of the two): may a row of ``query_step`` see a row of ``key_step``?"""
+        visible = key_step <= query_step
+        if self.previous is not None:
+            visible = visible & (key_step >= query_step - self.previous)
+        return visible
+
+
+ALL_PREVIOUS = Visibility(None)
+PREVIOUS_ONLY = Visibility(1)
+OWN_STEP = Visibility(0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a grid (h, w), how many maps of that grid it holds, and how many positions it predicts.
+
+    ``maps`` is 1 but for joint models, which draw a control map and a picture map in one step. ``count`` is None where
+    every cell of every map is predicted.
+    """
+
+    grid: tuple[int, int]
+    maps: int = 1
+    count: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the network that the step takes."""
+        return self.maps * self.grid[0] * self.grid[1] if self.count is None else self.count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered steps and their visibility. ``Plan.scales([1, 2, (3, 4)])`` makes a next-scale plan."""
+
+    steps: tuple[Step, ...]
+    visible: Visibility = ALL_PREVIOUS
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise InputError("plan: it has no steps; give at least one grid, such as 1,2,3,4")
+        for k, step in enumerate(self.steps):
+            if min(step.grid) < 1 or step.maps < 1:
+                raise InputError(f"plan: step {k} has grid {step.grid} and {step.maps} maps; all must be at least 1")
+
+    @classmethod
+    def scales(cls, grids: Iterable[int | tuple[int, int]], visible: Visibility = ALL_PREVIOUS,
+               maps: int = 1) -> Plan:
+        """A next-scale plan from sides or (h, w) pairs, coarse to fine."""
+        pairs = [(g, g) if isinstance(g, int) else (int(g[0]), int(g[1])) for g in grids]
+        return cls(tuple(Step(pair, maps) for pair in pairs), visible)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First row of every step, and the number of all rows at the end: K + 1 integers."""
+        starts = [0]
+        for step in self.steps:
+            starts.append(starts[-1] + step.rows)
+        return tuple(starts)
+
+    @property
+    def length(self) -> int:
+        """Rows of the whole plan, L."""
+        return self.starts[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The grid of the last step: the latent's size."""
+        return self.steps[-1].grid
+
+    def span(self, first: int, last: int) -> slice:
+        """Rows of the steps ``first`` up to but not including ``last``."""
+        return slice(self.starts[first], self.starts[last])
+
+    def spans(self, first: int, last: int) -> tuple[Span, ...]:
+        """The same rows step by step, counted from the first of them."""
+        base = self.starts[first]
+        return tuple(Span(k, self.starts[k] - base, self.starts[k + 1] - base) for k in range(first, last))
+
+    @cached_property
+    def step_of_row(self) -> Tensor:
+        """Step of every row, (L,) int64."""
+        sizes = torch.tensor([step.rows for step in self.steps])
+        return torch.repeat_interleave(torch.arange(len(self.steps)), sizes)
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """Cell of every row as (map, row, column), (L, 3) int64; row-major inside a map, map after map.
+
+        A step that predicts fewer positions than it has cells gets its cells from the run's order instead.
+        """
+        return torch.cat([grid_cells(step)[:step.rows] for step in self.steps])
+
+    def mask(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Who sees whom among the rows of some steps: (L, L) bool, query first."""
+        step = self.step_of_row[self.span(first, len(self) if last is None else last)]
+        return self.visible.sees(step[:, None], step[None, :])
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs of the whole plan: what attention must compute."""
+        total = 0
+        for k, step in enumerate(self.steps):
+            first = 0 if self.visible.previous is None else max(0, k - self.visible.previous)
+            total += step.rows * (self.starts[k + 1] - self.starts[first])
+        return total
+
+
+def grid_cells(step: Step) -> Tensor:
+    """All cells of a step as (map, row, column), (maps * h * w, 3) int64."""
+    h, w = step.grid
+    return torch.cartesian_prod(torch.arange(step.maps), torch.arange(h), torch.arange(w)).reshape(-1, 3)
+
+
+def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
+    """Read a schedule such as ``"1,2,3x4,6"`` into grids; raises InputError naming the part that is wrong."""
+    grids = []
+    for part in text.split(","):
+        numbers = part.strip().lower().split("x")
+        if len(numbers) > 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+            raise InputError(f"schedule: cannot read {part.strip()!r} in {text!r}; write sides or hxw, as in 1,2,3x4,6")
+        grids.append((int(numbers[0]), int(numbers[-1])))
+    return tuple(grids)

@@ -1,0 +1,249 @@
+"""Names to code: the table of systems and the names of models, each a "module:name" string imported on use.
+
+Nothing here imports a system. Other packages add their own through the entry point groups `nextscale.systems`
+(slug = "module:name") and `nextscale.models` (model name = "module:function").
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from nextscale.errors import DataError, InputError, did_you_mean, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "COLUMNS",
+    "FAMILIES",
+    "STATUSES",
+    "SystemEntry",
+    "import_target",
+    "models",
+    "resolve",
+    "system_entry",
+    "systems",
+    "systems_path",
+]
+
+STATUSES = ("planned", "built", "shown")
+
+FAMILIES = (
+    "Scale-wise core",
+    "Scale-wise, conditioned on text, pictures and more",
+    "Control",
+    "Speed and memory",
+    "Guidance, diversity, search, post-training",
+    "Token order",
+    "Masked and continuous",
+    "Unified multimodal and personalization",
+    "Video and world models",
+    "3D and view synthesis",
+    "Backbones and representation",
+    "Tokenizers and analysis",
+    "Surveys (taxonomies and lists to draw on)",
+    "Added by other packages",
+)
+
+# Model name -> "module:function"; the function takes the name and returns the system.
+_MODELS = {
+    "var-d16": "nextscale.systems.var:preset",
+    "var-d20": "nextscale.systems.var:preset",
+    "var-d24": "nextscale.systems.var:preset",
+    "var-d30": "nextscale.systems.var:preset",
+    "var-d36-s": "nextscale.systems.var:preset",
+    "emoji-64": "nextscale.systems.var:shipped",
+}
+
+
+@dataclass(frozen=True)
+class SystemEntry:
+    """One row of `systems.toml`.
+
+    Args:
+        slug: the name here, unique.
+        name: the published name; title: the paper's title; paper: its arXiv number ("" where there is none).
+        family: one of `FAMILIES`.
+        status: one of `STATUSES`: planned (not here yet), built (runs and is tested), shown (its published
+            result was reproduced with a trained model).
+        where: "module:name" of the code; command: what runs it; check: what proves it; "" while planned.
+    """
+
+    slug: str
+    name: str
+    title: str
+    paper: str
+    family: str
+    status: str
+    where: str
+    command: str
+    check: str
+
+
+COLUMNS = tuple(field.name for field in fields(SystemEntry) if field.name != "slug")
+
+
+def systems_path() -> Path:
+    """Where `systems.toml` lies: inside an installed package, or at the root of a checkout.
+
+    Raises:
+        DataError: it is in neither place.
+    """
+    installed = Path(str(importlib.resources.files("nextscale").joinpath("systems.toml")))
+    checkout = Path(__file__).resolve().parents[2] / "systems.toml"
+    for path in (installed, checkout):
+        if path.is_file():
+            return path
+    raise DataError(f"no systems.toml at {installed} or {checkout}: install nextscale again")
+
+
+@cache
+def _table() -> dict[str, SystemEntry]:
+    path = systems_path()
+    try:
+        rows = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path} is not valid TOML ({error}): install nextscale again") from None
+    return {slug: _entry(path, slug, row) for slug, row in rows.items()}
+
+
+def _entry(path: Path, slug: str, row: object) -> SystemEntry:
+    columns = set(COLUMNS)
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: '{slug}' must be a table [{slug}]")
+    if set(row) != columns:
+        missing, extra = sorted(columns - set(row)), sorted(set(row) - columns)
+        problem = f"lacks {', '.join(missing)}" if missing else f"does not know {', '.join(extra)}"
+        raise DataError(f"{path}: [{slug}] {problem}")
+    if not all(isinstance(value, str) for value in row.values()):
+        raise DataError(f"{path}: every value of [{slug}] must be a string")
+    return SystemEntry(slug=slug, **row)
+
+
+def systems() -> dict[str, SystemEntry]:
+    """All systems by slug: the rows of `systems.toml` in their order, then those of other packages.
+
+    Raises:
+        DataError: `systems.toml` is missing or damaged.
+    """
+    table = dict(_table())
+    for point in _added("nextscale.systems", table):
+        table[point.name] = SystemEntry(
+            slug=point.name,
+            name=point.name,
+            title=f"from the package {point.dist.name}" if point.dist else "",
+            paper="",
+            family=FAMILIES[-1],
+            status="built",
+            where=point.value,
+            command="",
+            check="",
+        )
+    return table
+
+
+def models() -> dict[str, str]:
+    """Names that `nextscale.load` takes, presets and models that ship, each with its "module:function"."""
+    table = dict(_MODELS)
+    for point in _added("nextscale.models", table):
+        table[point.name] = point.value
+    return table
+
+
+def _added(group: str, ours: Iterable[str]) -> list[EntryPoint]:
+    taken = set(ours)
+    added: list[EntryPoint] = []
+    for point in entry_points(group=group):
+        if point.name in taken:
+            # An installed package must neither replace a name silently nor stop every command.
+            owner = point.dist.name if point.dist else point.value
+            warnings.warn(f"{owner} adds '{point.name}' to {group}, which is taken: ignored", stacklevel=3)
+            continue
+        taken.add(point.name)
+        added.append(point)
+    return added
+
+
+def _called(name: str) -> list[SystemEntry]:
+    table = systems()
+    if name in table:
+        return [table[name]]
+    return [entry for entry in table.values() if entry.name.lower() == name.lower()]
+
+
+def system_entry(name: str) -> SystemEntry:
+    """The row of one system, by its slug or by its published name where only one system bears that.
+
+    Raises:
+        InputError: unknown (the nearest is suggested), or a published name that several systems share.
+    """
+    found = _called(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        slugs = ", ".join(entry.slug for entry in found)
+        raise InputError(f"several systems are called '{name}': use one of the slugs {slugs}")
+    # The slug is what the user should type, also when the published name is the one that is near.
+    table = systems()
+    slugs_by_name = {entry.name: entry.slug for entry in table.values()} | {slug: slug for slug in table}
+    near = nearest(name, slugs_by_name)
+    hint = f"; did you mean '{slugs_by_name[near]}'?" if near else "; `nextscale systems` lists them"
+    raise InputError(f"unknown system '{name}'{hint}")
+
+
+def resolve(name: str) -> object:
+    """The object a name stands for, imported now.
+
+    Args:
+        name: a model (`var-d16`: the function that builds it, to be called with the name), a system's slug or
+            published name (its class), or "module:name".
+
+    Raises:
+        InputError: unknown (the nearest name is suggested), planned but not built, or not importable.
+    """
+    if ":" in name:
+        return import_target(name)
+    known = models()
+    if name in known:
+        return import_target(known[name])
+    if not _called(name):
+        lists = "; `nextscale models` and `nextscale systems` list them"
+        hint = did_you_mean(name, [*known, *systems()], lists)
+        raise InputError(f"unknown model or system '{name}'{hint}")
+    entry = system_entry(name)
+    if not entry.where:
+        raise InputError(f"{entry.name} ({entry.slug}) is planned, not built yet")
+    return import_target(entry.where)
+
+
+def import_target(target: str) -> object:
+    """Import "module:name" (the name may have dots) and return it.
+
+    Raises:
+        InputError: not of that form, no such module, or no such name in it.
+    """
+    module_name, separator, qualified = target.partition(":")
+    if not (separator and module_name and qualified):
+        raise InputError(f"'{target}' is not of the form module:name")
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that exists but lacks one of its own imports is another problem and keeps its own message.
+        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise
+        raise InputError(f"no module '{module_name}' for '{target}'") from None
+    for part in qualified.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"module '{module_name}' has no '{qualified}'{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,237 @@
+"""A generation as a value: rows, calls, and the run that they advance.
+
+Letters: B pictures, R = branches x pictures (branch-major), L rows of a call, C width.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nextscale.canvas import Canvas
+from nextscale.errors import InputError
+from nextscale.layers.memory import Memory, Tags
+from nextscale.noise import Noise
+from nextscale.plan import Plan, Span, Visibility
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What travels with the rows of a call into every sub-layer.
+
+    cell (1|R, L, 3) as (map, row, column); step (1|R, L); spans: the rows step by step, None where pictures stand at
+    different steps or rows were selected; keep: leading rows that stay in memory, None for provisional ones; visible:
+    the plan's visibility; masked: False promises that every row may see all of memory and all of the call; cond:
+    what the rows are conditioned on, (R, D) or whatever the generator takes.
+    """
+
+    cell: Tensor
+    step: Tensor
+    spans: tuple[Span, ...] | None
+    keep: int | None
+    visible: Visibility
+    masked: bool
+    cond: Any = None
+
+    def __len__(self) -> int:
+        return self.step.shape[1]
+
+    @property
+    def tags(self) -> Tags:
+        return Tags(self.step, self.cell)
+
+    def select(self, index_RM: Tensor) -> Rows:
+        """Other rows for every row of the batch, (R, M); none of them is known to lead, so none stays in memory."""
+        chosen = self.tags.selected(index_RM)
+        return replace(self, cell=chosen.cell, step=chosen.step, spans=None, keep=0)
+
+    def part(self, first: int, last: int, keep: int | None) -> Rows:
+        """A run of consecutive rows ``first:last``."""
+        spans = None if self.spans is None else tuple(
+            Span(s.step, max(s.lo, first) - first, min(s.hi, last) - first)
+            for s in self.spans if s.lo < last and s.hi > first)
+        return replace(self, cell=self.cell[:, first:last], step=self.step[:, first:last], spans=spans, keep=keep)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of the network: embedded rows x (R, L, C), their tags, which of them predict, the raw inputs."""
+
+    x: Tensor
+    rows: Rows
+    predicts: slice
+    raw: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a generation stands, for guidance, filters and schedules.
+
+    step of steps; done of total: rows predicted before this step, of all; time and round: inside heads that integrate
+    a flow or predict in rounds.
+    """
+
+    step: int
+    steps: int
+    done: int
+    total: int
+    time: float = 0.0
+    round: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan, step: int) -> At:
+        return cls(step, len(plan), plan.starts[step], plan.length)
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps done, 0 at the first and 1 at the last."""
+        return self.step / (self.steps - 1) if self.steps > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a head predicts for a step.
+
+    tokens (B, L) indices or (B, L, C) vectors; log_prob (B, L) under the distribution that was sampled; confidence
+    (B, L); codes (B, L, C) where what is written on the canvas is not the tokens' own codes.
+    """
+
+    tokens: Tensor
+    log_prob: Tensor
+    confidence: Tensor | None = None
+    codes: Tensor | None = None
+
+    @property
+    def written(self) -> Tensor:
+        """What goes on the canvas."""
+        return self.tokens if self.codes is None else self.codes
+
+
+class Condition(Protocol):
+    """What the pictures are of, bound to the pictures of a run; builds every branch that a guidance names."""
+
+    def branch(self, name: str) -> Tensor:
+        """The condition of one branch, (B, D)."""
+        ...
+
+    def gather(self, items: Tensor) -> Condition:
+        """The conditions of the pictures ``items``."""
+        ...
+
+
+@dataclass
+class Run:
+    """A generation in progress.
+
+    ``cursor`` is the step that is predicted next, ``filled`` the steps in memory: a call covers ``filled..cursor``,
+    so that a prefix, a prefill and a hand-over are just calls with more rows. ``reads`` holds the un-embedded input of
+    every step up to the cursor (None for the first): it can't be had back from a canvas that was edited since.
+    ``order`` is the cell of every row, (B|1, L, 3).
+    """
+
+    plan: Plan
+    order: Tensor
+    canvas: Canvas
+    memory: Memory
+    noise: Noise
+    condition: Condition
+    branches: tuple[str, ...]
+    cursor: int = 0
+    filled: int = 0
+    tokens: list[Tensor] = field(default_factory=list)
+    log_probs: list[Tensor] = field(default_factory=list)
+    reads: list[Tensor | None] = field(default_factory=lambda: [None])
+
+    @classmethod
+    def start(cls, plan: Plan, codec: Any, condition: Condition, branches: Sequence[str], noise: Noise,
+              pictures: int, device: torch.device | str = "cpu") -> Run:
+        """A run at step 0 with an empty canvas and memory."""
+        return cls(plan, plan.cells[None].to(device), Canvas.empty(plan, codec, pictures, device),
+                   Memory(plan.length), noise, condition, tuple(branches))
+
+    @property
+    def pictures(self) -> int:
+        return self.canvas.value.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.canvas.value.device
+
+    @property
+    def done(self) -> bool:
+        return self.cursor >= len(self.plan)
+
+    @property
+    def at(self) -> At:
+        return At.of(self.plan, self.cursor)
+
+    def conditions(self) -> Tensor:
+        """The conditions of all rows of the batch, branch-major, (R, D)."""
+        return torch.cat([self.condition.branch(name) for name in self.branches])
+
+    def rows(self, first: int, last: int, keep: int | None = -1, cond: Any = None) -> Rows:
+        """Rows of the steps ``first`` up to ``last``; by default all of them stay in memory.
+
+        A mask is needed where a call holds several steps, or memory holds steps that the visibility hides.
+        """
+        span = self.plan.span(first, last)
+        step_1L = self.plan.step_of_row[span].to(self.device)[None]
+        hidden = self.plan.visible.previous is not None and first > 0 and first - self.plan.visible.previous > 0
+        length = span.stop - span.start
+        return Rows(self.order[:, span], step_1L, self.plan.spans(first, last), length if keep == -1 else keep,
+                    self.plan.visible, masked=last - first > 1 or hidden, cond=cond)
+
+    def write(self, sample: Sample) -> None:
+        """Put a step's tokens on the canvas and move to the next step."""
+        self.tokens.append(sample.tokens)
+        self.log_probs.append(sample.log_prob)
+        self.canvas = self.canvas.write(self.cursor, sample.written)
+        self.cursor += 1
+        if not self.done:
+            self.reads.append(self.canvas.read(self.cursor))
+
+    def force(self, tokens: Tensor) -> None:
+        """Give a step's tokens instead of predicting them; memory is filled when the next step is evaluated."""
+        self.write(Sample(tokens, torch.zeros(tokens.shape[:2], device=self.device)))
+
+    def settle(self, rows: Rows) -> None:
+        """After a call: its kept rows are in memory now."""
+        self.memory.settle(rows.keep, rows.tags)
+        if rows.spans is not None and rows.keep == len(rows):
+            self.filled = max(self.filled, rows.spans[-1].step + 1)
+
+    def commit(self, count_B: Tensor) -> None:
+        """Keep the first ``count`` provisional rows of every picture, in all branches."""
+        self.memory.commit(count_B.repeat(len(self.branches)))
+
+    def _batch_rows(self, items: Tensor) -> Tensor:
+        branch = torch.arange(len(self.branches), device=items.device) * self.pictures
+        return (branch[:, None] + items[None]).flatten()
+
+    def gather(self, items: Tensor | Sequence[int]) -> Run:
+        """An independent run of the pictures ``items`` (repeats allowed, each with noise of its own)."""
+        items = torch.as_tensor(items, dtype=torch.int64, device=self.device)
+        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < self.pictures:
+            raise InputError(f"gather: items {items.tolist()} are not all in 0..{self.pictures - 1}")
+        order = self.order if len(self.order) == 1 else self.order[items]
+        return replace(self, order=order, canvas=self.canvas.gather(items),
+                       memory=self.memory.gather(self._batch_rows(items)), noise=self.noise.gather(items),
+                       condition=self.condition.gather(items),
+                       tokens=[t[items] for t in self.tokens], log_probs=[p[items] for p in self.log_probs],
+                       reads=[None if r is None else r[items] for r in self.reads])
+
+    def fork(self, copies: int) -> Run:
+        """Every picture ``copies`` times, copies of one picture side by side."""
+        return self.gather(torch.arange(self.pictures, device=self.device).repeat_interleave(copies))
+
+    def hand_over(self, condition: Condition, branches: Sequence[str] | None = None) -> Run:
+        """The same generation for another network: same canvas, tokens and noise, an empty memory.
+
+        The next call prefills every step so far under the training mask (CoDe, arXiv 2411.17787).
+        """
+        everyone = torch.arange(self.pictures, device=self.device)
+        return replace(self.gather(everyone), memory=Memory(self.plan.length), condition=condition, filled=0,
+                       branches=self.branches if branches is None else tuple(branches))

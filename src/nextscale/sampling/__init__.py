@@ -1,0 +1,1 @@
+"""Sampling: loops, guidance, filters, editing, scoring. Read ``steps.py`` first."""

@@ -1,0 +1,58 @@
+"""Editing without training: the known tokens of a picture are forced, scale after scale (VAR, section 5.3)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nextscale.context import Hook
+from nextscale.plan import Plan
+from nextscale.run import Run, Sample
+
+
+def keep_masks(keep_B1HW: Tensor, plan: Plan) -> list[Tensor]:
+    """Which cells of every step are kept, (B, h * w) bool, from a mask at the last grid (1 keeps).
+
+    VAR's rule: the mask is resized bilinearly and thresholded strictly above one half; a step of at most three cells
+    is always kept, since it says little but the overall tone.
+    """
+    masks = []
+    for step in plan:
+        h, w = step.grid
+        if h * w <= 3:
+            kept = torch.ones(len(keep_B1HW), h * w, dtype=torch.bool, device=keep_B1HW.device)
+        else:
+            kept = F.interpolate(keep_B1HW.float(), size=(h, w), mode="bilinear", align_corners=False).flatten(1) > 0.5
+        masks.append(kept.repeat(1, step.maps))
+    return masks
+
+
+def latent_mask(redraw_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """From pixels to redraw, (B, S, S') bool, the cells to keep, (B, 1, h, w): those that no such pixel touches."""
+    touched = F.adaptive_max_pool2d(redraw_BHW[:, None].float(), grid)
+    return 1 - (touched > 0).float()
+
+
+class ForcedTokens(Hook):
+    """Replace chosen tokens by given ones where a mask keeps them.
+
+    tokens: (B, L_k) a step; keep: (B, L_k) bool a step. Where codes are written instead of tokens (smooth mode), the
+    kept cells get the given tokens' own codes.
+    """
+
+    def __init__(self, tokens: Sequence[Tensor], keep: Sequence[Tensor]):
+        self.given, self.keep = tokens, keep
+
+    def tokens(self, run: Run, sample: Sample) -> Sample:
+        keep, given = self.keep[run.cursor], self.given[run.cursor]
+        codes = sample.codes
+        if codes is not None:
+            codes = torch.where(keep[..., None], run.canvas.codec.embed(given), codes)
+        return replace(sample, tokens=torch.where(keep, given, sample.tokens), codes=codes)
+
+    def part(self, pictures: slice) -> ForcedTokens:
+        """The same for some of the pictures."""
+        return ForcedTokens([t[pictures] for t in self.given], [k[pictures] for k in self.keep])

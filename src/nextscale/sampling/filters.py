@@ -1,0 +1,81 @@
+"""Filters narrow a distribution: each takes logits (..., V) and gives logits with -inf where ruled out."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextscale.errors import InputError
+from nextscale.run import At
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide the logits; below 1 sharper, above 1 flatter."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise InputError(f"temperature is {self.value}; it must be above 0 (use top_k=1 for the likeliest token)")
+
+    def __call__(self, logits: Tensor, at: At) -> Tensor:
+        return logits / self.value
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k likeliest codes; codes that tie with the last of them stay, as in VAR."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"top_k is {self.k}; it must be at least 1 (leave it out to keep every code)")
+
+    def __call__(self, logits: Tensor, at: At) -> Tensor:
+        if self.k >= logits.shape[-1]:
+            return logits
+        least = logits.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        return logits.masked_fill(logits < least, -torch.inf)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the fewest codes that hold more than a share p of the probability (nucleus sampling, arXiv 1904.09751).
+
+    VAR's rule: in rising order, a code goes where the cumulative probability up to and with it is <= 1 - p; the
+    likeliest always stays. Only codes that are not ruled out yet are sorted.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise InputError(f"top_p is {self.p}; it must be above 0 and at most 1")
+
+    def __call__(self, logits: Tensor, at: At) -> Tensor:
+        if self.p == 1:
+            return logits
+        alive = int((logits > -torch.inf).sum(-1).max()) if logits.device.type == "cpu" else logits.shape[-1]
+        best, index = logits.topk(alive, dim=-1)
+        rising = best.flip(-1).softmax(-1).cumsum(-1)
+        drop = (rising <= 1 - self.p).flip(-1)
+        drop[..., 0] = False
+        return logits.scatter(-1, index, best.masked_fill(drop, -torch.inf))
+
+
+Filter = Temperature | TopK | TopP
+
+
+def make_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> tuple[Filter, ...]:
+    """Filters from settings, in the order in which they act; None or 0 leaves top_k and top_p out."""
+    filters: list[Filter] = []
+    if temperature != 1.0:
+        filters.append(Temperature(temperature))
+    if top_k:
+        filters.append(TopK(top_k))
+    if top_p:
+        filters.append(TopP(top_p))
+    return tuple(filters)

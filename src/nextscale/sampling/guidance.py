@@ -1,0 +1,92 @@
+"""Guidance: which branches a run needs, and how their outputs are combined.
+
+``scale`` means one thing for all: the combined output is u + scale (c - u) at the schedule's strongest step.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from nextscale.errors import InputError
+from nextscale.run import At
+
+Schedule = Literal["ramp", "constant"]
+
+SCHEDULES: dict[str, Callable[[At], float]] = {
+    "ramp": lambda at: at.progress,  # VAR: nothing at the first step, full at the last
+    "constant": lambda at: 1.0,
+}
+
+
+class Guidance(Protocol):
+    """Branches by name, and the rule that combines their outputs in the head's native output."""
+
+    branches: tuple[str, ...]
+
+    def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """One branch, as it is."""
+
+    branches: tuple[str, ...] = ("conditional",)
+
+    def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor:
+        return outputs["conditional"]
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance (arXiv 2207.12598): (1 + t) c - t u with t = (scale - 1) schedule(step).
+
+    VAR publishes t at the last step: its "cfg 1.5" is scale 2.5 here.
+    """
+
+    scale: float
+    schedule: Schedule = "ramp"
+    branches: tuple[str, ...] = ("conditional", "unconditional")
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise InputError(f"guidance_scale is {self.scale}; it must be at least 0 (1 is unguided)")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"guidance_schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
+
+    def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor:
+        t = (self.scale - 1) * SCHEDULES[self.schedule](at)
+        return (1 + t) * outputs["conditional"] - t * outputs["unconditional"]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Guidance with one branch per thing that is dropped (the telescope of ControlVAR, arXiv 2406.09750, eq. 6).
+
+    branches b_0 .. b_n from most to least conditioned and weights w_1 .. w_n:
+    b_n + sum_i (1 + w_i) (b_(i-1) - b_i), each w_i times the schedule.
+    """
+
+    branches: tuple[str, ...]
+    weights: tuple[float, ...]
+    schedule: Schedule = "ramp"
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.branches) - 1:
+            raise InputError(f"nested guidance: {len(self.branches)} branches need {len(self.branches) - 1} weights, "
+                             f"got {len(self.weights)}")
+
+    def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor:
+        share = SCHEDULES[self.schedule](at)
+        values = [outputs[name] for name in self.branches]
+        total = values[-1]
+        for w, more, less in zip(self.weights, values[:-1], values[1:], strict=True):
+            total = total + (1 + w * share) * (more - less)
+        return total
+
+
+def make_guidance(scale: float, schedule: str = "ramp") -> Guidance:
+    """Guidance from settings: scale 1 is none."""
+    return Unguided() if scale == 1 else ClassifierFree(scale, schedule)  # type: ignore[arg-type]

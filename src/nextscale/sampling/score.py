@@ -1,0 +1,55 @@
+"""Likelihood: what probability a model gives tokens, in one call for the whole plan (flow 5 of the design)."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextscale.context import Context, Hook
+from nextscale.heads.categorical import Filter, Guidance, token_log_prob
+from nextscale.objectives.teacher_forcing import teacher_forcing_call
+from nextscale.plan import Plan
+from nextscale.run import At, Condition
+from nextscale.sampling.steps import Model, hooked
+
+
+class LogProb(NamedTuple):
+    """Log-probabilities in nats: of every token (B, L), of every step (B, K), of every picture (B,)."""
+
+    token: Tensor
+    step: Tensor
+    picture: Tensor
+
+    def bits_per_dimension(self, dimensions: int) -> Tensor:
+        """Bits a colour value of a picture with ``dimensions`` values, for the coded picture (B,)."""
+        return -self.picture / (math.log(2) * dimensions)
+
+
+def score(model: Model, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Tensor | None], condition: Condition,
+          guidance: Guidance, branches: Sequence[str], filters: Sequence[Filter] = (),
+          hooks: Sequence[Hook] = ()) -> LogProb:
+    """Log-probability of every token under teacher forcing; equals what the step loop gives the same tokens.
+
+    tokens: (B, L_k) a step; reads: the steps' inputs, as ``pyramid.replay`` gives them.
+    """
+    outputs = model.head.outputs(hidden_states(model, plan, reads, condition, branches, hooks), branches)
+    guidance, filters = hooked(guidance, filters, hooks)
+    parts = []
+    for span in plan.spans(0, len(plan)):
+        at_step = {name: logits[:, span.lo:span.hi] for name, logits in outputs.items()}
+        logits = model.head.distribution(at_step, At.of(plan, span.step), guidance, filters)
+        parts.append(token_log_prob(logits, tokens[span.step]))
+    steps = torch.stack([p.sum(1) for p in parts], 1)
+    return LogProb(torch.cat(parts, 1), steps, steps.sum(1))
+
+
+def hidden_states(model: Model, plan: Plan, reads: Sequence[Tensor | None], condition: Condition,
+                  branches: Sequence[str], hooks: Sequence[Hook] = ()) -> Tensor:
+    """The one-call pass over all rows of a plan, (R, L, C)."""
+    cond = torch.cat([condition.branch(name) for name in branches])
+    call = teacher_forcing_call(model.generator, plan, reads, cond)
+    hidden: Tensor = model.generator(call, Context(None, hooks))
+    return hidden

@@ -1,0 +1,70 @@
+"""The step loop: one network call, one choice, one canvas write a step (VAR, arXiv 2404.02905, algorithm 2)."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from nextscale.context import Context, Hook, overrides
+from nextscale.heads.categorical import Filter, Guidance
+from nextscale.run import At, Call, Run, Sample
+
+
+class Model(Protocol):
+    """What the loop asks of a system: a body that makes calls from runs and hidden states from calls, and a head."""
+
+    generator: Any
+    head: Any
+
+
+def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
+                 hooks: Sequence[Hook] = (), soft: Callable[[Tensor, At, Run], Tensor] | None = None,
+                 until: int | None = None, check: bool = False) -> Iterator[Run]:
+    """Advance a run step by step, yielding it after each; the caller stops by not going on.
+
+    guidance combines the branches' outputs, filters narrow them, hooks are what the user adds (first is innermost);
+    ``soft`` writes code vectors instead of sampled codes; ``until``: step before which to stop; ``check``: test the
+    visibility promises as it goes.
+    """
+    guidance, filters = hooked(guidance, filters, hooks)
+    kwargs = {} if soft is None else {"soft": soft}
+    last = len(run.plan) if until is None else min(until, len(run.plan))
+    while run.cursor < last:
+        call: Call = model.generator.call(run)
+        for hook in hooks:
+            call = hook.inputs(run, call)
+        sample: Sample = model.head.sample(evaluator(model.generator, run, hooks, check), call, run, guidance,
+                                           filters, **kwargs)
+        for hook in hooks:
+            sample = hook.tokens(run, sample)
+        run.write(sample)
+        for hook in hooks:
+            hook.end(run, run.cursor - 1)
+        yield run
+
+
+def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
+              check: bool = False) -> Callable[[Call], Tensor]:
+    """What a head evaluates calls with: the network under the run's memory and hooks; kept rows are settled after."""
+    def evaluate(call: Call) -> Tensor:
+        hidden: Tensor = generator(call, Context(run.memory, hooks, check))
+        run.settle(call.rows)
+        return hidden
+
+    return evaluate
+
+
+def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook]) -> tuple[Guidance, Sequence[Filter]]:
+    """Guidance and filters with the hooks that act before and behind the guidance."""
+    before = [h for h in hooks if overrides(h, "output")]
+    behind = [h.logits for h in hooks if overrides(h, "logits")]
+    if not before:
+        return guidance, (*behind, *filters)
+
+    def guided(outputs: dict[str, Tensor], at: At) -> Tensor:
+        for hook in before:
+            outputs = hook.output(outputs, at)
+        return guidance(outputs, at)
+
+    return guided, (*behind, *filters)

@@ -1,0 +1,1 @@
+"""Tokenizers: picture <-> latent <-> codes, one file a kind."""

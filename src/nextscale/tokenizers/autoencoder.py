@@ -1,0 +1,180 @@
+"""The convolutional encoder and decoder between pictures and latents.
+
+The network of VQGAN (arXiv 2012.09841) as VAR uses it: residual blocks with group normalisation, a factor of two
+between levels, attention only at the coarsest level. A picture of side S becomes a latent of side S / 2^(levels-1).
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.layers.norms import GroupNorm
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of the encoder and the decoder.
+
+    width: channels of the finest level (a multiple of ``groups``); multipliers: channels of each level as a multiple
+    of ``width``, finest first; encoder_blocks, decoder_blocks: residual blocks a level; latent_width: channels of the
+    latent; groups: of every group normalisation; attention: self-attention at the coarsest level, in the middle of
+    the network (``"middle"``), and after every block of that level too (``"level"``, as VAR has it).
+    """
+
+    width: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    latent_width: int = 32
+    groups: int = 32
+    attention: str = "level"
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell is wide."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.width * m for m in self.multipliers)
+
+
+def _norm(width: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, width, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int):
+        super().__init__()
+        self.norm_in = _norm(width_in, groups)
+        self.conv_in = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm_out = _norm(width_out, groups)
+        self.conv_out = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return self.shortcut(x) + h
+
+
+class SelfAttention2d(nn.Module):
+    """Single-head self-attention over all cells of a map, with a residual connection."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = _norm(width, groups)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.projection = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3)
+        out = F.scaled_dot_product_attention(qkv[:, 0:1], qkv[:, 1:2], qkv[:, 2:3])[:, 0]
+        return x + self.projection(out.transpose(1, 2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Module):
+    """Halve a map: one zero row below and one zero column at the right, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double a map by repeating cells, then a 3x3 convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks (and attentions) at one resolution, and the change to the next."""
+
+    def __init__(self, widths: list[int], groups: int, attention: bool, change: nn.Module | None):
+        super().__init__()
+        pairs = list(itertools.pairwise(widths))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairs)
+        self.attentions = nn.ModuleList(SelfAttention2d(b, groups) for _, b in pairs) if attention else None
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attentions is not None:
+                x = self.attentions[i](x)
+        return x if self.change is None else self.change(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the coarsest level."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.block_in = ResidualBlock(width, width, groups)
+        self.attention = SelfAttention2d(width, groups)
+        self.block_out = ResidualBlock(width, width, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_out(self.attention(self.block_in(x)))
+
+
+class Encoder(nn.Module):
+    """Picture (B, 3, S, S') in [-1, 1] to features (B, latent_width, S / factor, S' / factor)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.input = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level([widths[max(i - 1, 0)]] + [widths[i]] * config.encoder_blocks, config.groups,
+                  attention=i == last and config.attention == "level",
+                  change=Downsample(widths[i]) if i < last else None)
+            for i in range(len(widths)))
+        self.middle = Middle(widths[-1], config.groups)
+        self.norm = _norm(widths[-1], config.groups)
+        self.output = nn.Conv2d(widths[-1], config.latent_width, 3, padding=1)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        x = self.input(picture.contiguous(memory_format=torch.channels_last))
+        for level in self.levels:
+            x = level(x)
+        return self.output(F.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, latent_width, h, w) to a picture (B, 3, h * factor, w * factor), not clamped."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.input = nn.Conv2d(config.latent_width, widths[-1], 3, padding=1)
+        self.middle = Middle(widths[-1], config.groups)
+        # Index 0 is the finest level, as in the encoder; the forward pass walks from the coarsest.
+        self.levels = nn.ModuleList(
+            Level([widths[min(i + 1, last)]] + [widths[i]] * config.decoder_blocks, config.groups,
+                  attention=i == last and config.attention == "level",
+                  change=Upsample(widths[i]) if i > 0 else None)
+            for i in range(len(widths)))
+        self.norm = _norm(widths[0], config.groups)
+        self.output = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.middle(self.input(latent.contiguous(memory_format=torch.channels_last)))
+        for level in reversed(self.levels):
+            x = level(x)
+        return self.output(F.silu(self.norm(x)))

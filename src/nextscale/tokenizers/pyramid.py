@@ -1,0 +1,59 @@
+"""The pyramid loop: a latent is taken apart scale after scale, each scale coding what the scales before left over.
+
+One loop serves every residual pyramid: vector quantisation, bitwise codes, frequency bands, and the objectives that
+corrupt what is written and let the later scales code the correction.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nextscale.canvas import Canvas
+from nextscale.layers.resize import resize
+
+
+class Pyramid(NamedTuple):
+    """The tokens of every step (B, L_k), the un-embedded input that each step had (None for the first), the canvas."""
+
+    tokens: list[Tensor]
+    reads: list[Tensor | None]
+    canvas: Canvas
+
+
+def encode(latent_BCHW: Tensor, canvas: Canvas, quantise: Callable[[int, Tensor], Tensor],
+           corrupt: Callable[[int, Tensor], Tensor] | None = None,
+           each: Callable[[int, Tensor, Canvas], None] | None = None) -> Pyramid:
+    """Residual encoding (VAR, arXiv 2404.02905, algorithm 1).
+
+    For every step k: z = area-resize(rest), r_k = quantise(k, z), rest -= contribution(r_k), canvas += the same.
+
+    latent_BCHW: (B, maps * C, H, W); quantise: (k, z of (B, C, h, w)) -> tokens (B, h * w) or codes (B, h * w, C);
+    corrupt: (k, tokens) -> the tokens that are written instead, so that later scales code against the corrupted
+    canvas; each: called after every step with (k, z, canvas). Two maps in a step are coded side by side.
+    """
+    rest, tokens, reads = latent_BCHW.float(), [], []
+    width = canvas.codec.latent_width
+    for k, step in enumerate(canvas.plan):
+        reads.append(canvas.read(k) if k else None)
+        z = resize(rest.reshape(-1, width, *rest.shape[-2:]), step.grid, "area")
+        found = quantise(k, z)
+        found = found.reshape(rest.shape[0], -1, *found.shape[2:])
+        tokens.append(found)
+        written = found if corrupt is None else corrupt(k, found)
+        contribution = canvas.contribution(k, written)
+        rest = rest - contribution
+        canvas = canvas.after(contribution)
+        if each is not None:
+            each(k, z, canvas)
+    return Pyramid(tokens, reads, canvas)
+
+
+def replay(tokens: list[Tensor], canvas: Canvas, until: int | None = None) -> Pyramid:
+    """Write known tokens step after step: the canvas and the input of every step (teacher forcing, flow 2)."""
+    reads: list[Tensor | None] = []
+    for k, step_tokens in enumerate(tokens[:until]):
+        reads.append(canvas.read(k) if k else None)
+        canvas = canvas.write(k, step_tokens)
+    return Pyramid(tokens[:until], reads, canvas)

@@ -1,0 +1,397 @@
+"""One training loop for every task: tokenizers, generators, classifiers.
+
+The loop knows a :class:`Task` and nothing of what it trains. Everything random in step ``n`` hangs on (seed, n) alone,
+so that a run that was killed and resumed has the very losses of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.data.orders import mix
+from nextscale.errors import DataError, DeviceError, InputError, NextscaleError, WeightsError
+from nextscale.training.checkpoint import (
+    Checkpoint,
+    clear_leftovers,
+    latest,
+    load_optimiser,
+    read_checkpoint,
+    save_optimiser,
+    write_checkpoint,
+)
+from nextscale.training.config import TrainConfig
+from nextscale.training.ema import Average
+from nextscale.training.journal import Journal
+from nextscale.training.schedules import learning_rate_scale
+from nextscale.training.task import Batch, BatchSource, Task, TrainingStep
+
+_STEP_DRAWS = 0x57E9
+
+
+class DivergedError(NextscaleError):
+    """The loss or its gradient is not a number any more."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended: steps done, why it stopped, seconds spent over all its lives, its last logged metrics."""
+
+    step: int
+    stopped: Literal["finished", "time", "signal"]
+    seconds: float
+    metrics: dict[str, float]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is cuda, mps or cpu, the first that is there.
+
+    Raises:
+        DeviceError: a device that is not there, or no device at all.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {name!r}; use auto, cpu, cuda or mps") from None
+    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
+        raise DeviceError(f"device {name!r} is not there; use --device cpu, or install a torch that has it")
+    return device
+
+
+class Trainer:
+    """Trains a task, keeping checkpoints, metrics and sample pictures in a folder.
+
+    Args:
+        task: what is trained.
+        loader: batches of ``config.batch_size``.
+        config: how.
+        out: folder of the run: ``checkpoints/``, ``samples/``, ``tensorboard/``, ``metrics.jsonl``.
+        resume: go on from the latest checkpoint in ``out``; from the start where there is none.
+
+    Raises:
+        InputError: the loader's batch size is another.
+        DataError: ``out`` holds a run already and ``resume`` is not set.
+        WeightsError: the checkpoint is damaged or of another model.
+        DeviceError: the device is not there.
+    """
+
+    def __init__(
+        self, task: Task, loader: BatchSource, config: TrainConfig, out: str | Path, resume: bool = False
+    ) -> None:
+        if loader.batch_size != config.batch_size:
+            raise InputError(f"the loader's batches have {loader.batch_size} pictures, the config {config.batch_size}")
+        self.task, self.loader, self.config, self.out = task, loader, config, Path(out)
+        self.device = choose_device(config.device)
+        found = latest(self.out)
+        if found is not None and not resume:
+            raise DataError(f"{self.out} holds a run already ({found.name}); resume it or choose another folder")
+        for module in task.modules.values():
+            module.to(self.device)
+        self.averages = {name: Average(module, config.ema_decay) for name, module in task.averaged().items()}
+        self._names: dict[Tensor, str] = {
+            parameter: f"{name}.{key}"
+            for name, module in task.modules.items()
+            for key, parameter in module.named_parameters()
+        }
+        self.optimisers = {phase: self._optimiser(phase) for phase in task.phases}
+        self.step = 0
+        self.seconds = 0.0
+        self._window: list[dict[str, float | Tensor]] = []
+        self._window_seconds = 0.0
+        self._asked_to_stop = False
+        self.resumed_from: Path | None = None
+        self._changed: list[str] = []
+        if found is not None:
+            self._restore(found)
+
+    def _optimiser(self, phase: str) -> torch.optim.Optimizer:
+        groups = self.task.parameter_groups(phase, self.config.weight_decay)
+        for group in groups:
+            group["params"] = list(group["params"])
+            group.setdefault("learning_rate_scale", 1.0)
+            for parameter in group["params"]:
+                if parameter not in self._names:
+                    raise InputError(f"phase {phase!r} trains a parameter that is in none of the task's modules")
+        fused = self.device.type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=fused)
+
+    def averaged_modules(self) -> dict[str, nn.Module]:
+        """Every module of the task, its average where it has one: what to sample with, and what to ship."""
+        modules = dict(self.task.modules)
+        modules.update({name: average.module for name, average in self.averages.items()})
+        return modules
+
+    def train(self) -> TrainResult:
+        """Runs to the last step, the time limit or a signal (SIGINT, SIGTERM), whichever is first, and checkpoints.
+
+        Raises:
+            DivergedError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
+            WeightsError, DataError: the disk is full or went away.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.out} cannot be made ({error.strerror}); choose another folder") from None
+        clear_leftovers(self.out)
+        journal = Journal(self.out, self.config.steps, self.step)
+        batches = self.loader.batches(self.step)
+        if self.resumed_from is not None:
+            changed = f"; changed since: {', '.join(self._changed)}" if self._changed else ""
+            journal.say(f"going on from {self.resumed_from}{changed}")
+        try:
+            with self._stopping_on_signals():
+                return self._loop(batches, journal)
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+            journal.close()
+
+    def _loop(self, batches: Iterator[Batch], journal: Journal) -> TrainResult:
+        config = self.config
+        limit = math.inf if config.minutes is None else config.minutes * 60
+        last: dict[str, float] = {}
+        saved_at = self.step if self.resumed_from else -1
+        stopped: Literal["finished", "time", "signal"] = "finished"
+        for module in self.task.modules.values():
+            module.train()
+        while self.step < config.steps:
+            with self._clock() as spent:
+                at = self._advance(next(batches), limit)
+            self._window_seconds += spent[0]
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                last = self._log(journal, at)
+            if self._asked_to_stop:
+                stopped = "signal"
+                break
+            if self.seconds >= limit:
+                stopped = "time"
+                break
+            # Samples before the checkpoint: a kill between the two then loses neither, both are done again.
+            with self._clock():
+                if config.sample_every and self.step % config.sample_every == 0 and self.step < config.steps:
+                    self._sample(journal, at)
+                if self.step % config.checkpoint_every == 0 and self.step < config.steps:
+                    self._save()
+                    saved_at = self.step
+        if saved_at != self.step:
+            if stopped != "signal":
+                self._sample(journal, self._at(self.step, 0, limit))
+            self._save()
+        journal.say(f"stopped after step {self.step} ({stopped}), {self.seconds:.0f} s in all; {latest(self.out)}")
+        return TrainResult(self.step, stopped, self.seconds, last)
+
+    @contextmanager
+    def _clock(self) -> Iterator[list[float]]:
+        """Adds to the seconds spent; what is yielded holds those of this block afterwards."""
+        spent = [0.0]
+        began = time.monotonic()
+        yield spent
+        spent[0] = time.monotonic() - began
+        self.seconds += spent[0]
+
+    def _at(self, step: int, epoch: int, limit: float) -> TrainingStep:
+        progress = min(1.0, max(step / self.config.steps, self.seconds / limit))
+        return TrainingStep(step, self.config.steps, progress, epoch, self.config.seed)
+
+    def _advance(self, batch: Batch, limit: float) -> TrainingStep:
+        """One optimiser step of every phase."""
+        config = self.config
+        at = self._at(self.step, int(batch["epoch"][0]), limit)
+        torch.manual_seed(int(mix(config.seed, _STEP_DRAWS, self.step)) >> 1)
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        scale = learning_rate_scale(
+            config.schedule, self.step, at.progress, config.warmup_steps, config.final_learning_rate_ratio
+        )
+        metrics: dict[str, float | Tensor] = {"learning_rate": config.learning_rate * scale, "progress": at.progress}
+        metrics.update(self._gradients(batch, at))
+        # All are checked before any weight is touched, so that no checkpoint can hold a NaN.
+        ready = [phase for phase in self.task.phases if f"{phase}/loss" in metrics]
+        for phase in ready:
+            metrics[f"{phase}/gradient_norm"] = self._checked_norm(phase, batch, metrics[f"{phase}/loss"])
+        for phase in ready:
+            self._update(phase, scale)
+        for average in self.averages.values():
+            average.update()
+        metrics.update(self.task.after_step(at))
+        self._window.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()})
+        self.step += 1
+        return at
+
+    def _gradients(self, batch: Batch, at: TrainingStep) -> dict[str, float | Tensor]:
+        """Gradients of all phases, micro-batch by micro-batch; returns the means of their metrics."""
+        parts = self.config.accumulate
+        size = self.config.batch_size // parts
+        means: dict[str, float | Tensor] = {}
+        for part in range(parts):
+            micro = {name: tensor[part * size : (part + 1) * size] for name, tensor in batch.items()}
+            for phase in self.task.phases:
+                self._train_only(phase)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    loss, metrics = self.task.loss(phase, micro, at)
+                if loss is None:
+                    continue
+                (loss / parts).backward()
+                for name, value in {f"{phase}/loss": loss, **metrics}.items():
+                    share = (value.detach().float() if isinstance(value, Tensor) else float(value)) / parts
+                    means[name] = means[name] + share if name in means else share
+        return means
+
+    def _checked_norm(self, phase: str, batch: Batch, loss: float | Tensor) -> Tensor:
+        """Clips a phase's gradient and returns its norm before that."""
+        parameters = [parameter for group in self.optimisers[phase].param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf)
+        if not math.isfinite(float(norm + loss)):
+            for optimiser in self.optimisers.values():
+                optimiser.zero_grad(set_to_none=True)
+            raise DivergedError(self._divergence(phase, batch, float(norm), float(loss)))
+        return norm
+
+    def _update(self, phase: str, scale: float) -> None:
+        optimiser = self.optimisers[phase]
+        for group in optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * scale * group["learning_rate_scale"]
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def _divergence(self, phase: str, batch: Batch, norm: float, loss: float) -> str:
+        kept = latest(self.out)
+        return (
+            f"{phase} loss {loss} with gradient norm {norm} at step {self.step}, pictures {batch['id'].tolist()}; "
+            f"last good checkpoint: {kept or 'none'}. Lower the learning rate or look at these pictures, then resume"
+        )
+
+    def _train_only(self, phase: str) -> None:
+        if len(self.optimisers) == 1:
+            return
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(name == phase)
+
+    def _means(self) -> dict[str, float]:
+        window = self._settled_window()
+        names = dict.fromkeys(name for record in window for name in record)
+        values = {name: [record[name] for record in window if name in record] for name in names}
+        return {name: math.fsum(found) / len(found) for name, found in values.items()}
+
+    def _settled_window(self) -> list[dict[str, float]]:
+        settled = [{name: float(value) for name, value in record.items()} for record in self._window]
+        self._window = list(settled)  # type: ignore[arg-type]
+        return settled
+
+    def _log(self, journal: Journal, at: TrainingStep) -> dict[str, float]:
+        means = self._means()
+        means["learning_rate"] = float(self._window[-1]["learning_rate"])
+        means["progress"] = at.progress
+        rate = len(self._window) * self.config.batch_size / max(self._window_seconds, 1e-9)
+        record = {**means, "epoch": float(at.epoch), "pictures_per_second": rate, "seconds": self.seconds}
+        journal.log(self.step, record)
+        hidden = ("learning_rate", "progress")
+        shown = {"epoch": float(at.epoch), **{k: v for k, v in means.items() if k not in hidden}, "pictures/s": rate}
+        journal.show(self.step, shown)
+        self._window.clear()
+        self._window_seconds = 0.0
+        return record
+
+    def _sample(self, journal: Journal, at: TrainingStep) -> None:
+        folder = self.out / "samples"
+        try:
+            folder.mkdir(exist_ok=True)
+            with torch.no_grad():
+                measured = self.task.samples(folder, replace(at, step=self.step), self.averaged_modules())
+        except OSError as error:
+            raise DataError(f"samples cannot be written to {folder} ({error}); free some space, then resume") from None
+        if measured:
+            found = {name: float(value) for name, value in measured.items()}
+            journal.log(self.step, found)
+            journal.show(self.step, found)
+        for module in self.task.modules.values():
+            module.train()
+
+    def _save(self) -> Path:
+        extra = self.task.extra_state()
+        tensors = {
+            "modules": _flatten({name: module.state_dict() for name, module in self.task.modules.items()}),
+            "averaged": _flatten({name: average.state_dict() for name, average in self.averages.items()}),
+            "extra": {name: value for name, value in extra.items() if isinstance(value, Tensor)},
+        }
+        for phase, optimiser in self.optimisers.items():
+            tensors[f"optimiser-{phase}"] = save_optimiser(optimiser, self._names)
+        state = {
+            "config": asdict(self.config),
+            "seconds": self.seconds,
+            "window": self._settled_window(),
+            "window_seconds": self._window_seconds,
+            "average_updates": {name: average.updates for name, average in self.averages.items()},
+            "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
+        }
+        return write_checkpoint(self.out, Checkpoint(self.step, tensors, state), self.config.keep_checkpoints)
+
+    def _restore(self, path: Path) -> None:
+        saved = read_checkpoint(path)
+        for name, module in self.task.modules.items():
+            _load(module, saved.module(name), f"{path}: {name}")
+        for name, average in self.averages.items():
+            _load(average.module, saved.module(name, averaged=True), f"{path}: averaged {name}")
+            average.updates = int(saved.state["average_updates"].get(name, 0))
+        for phase, optimiser in self.optimisers.items():
+            load_optimiser(optimiser, self._names, saved.group(f"optimiser-{phase}"), str(path))
+        self.task.load_extra_state({**saved.state["extra"], **saved.group("extra")})
+        self.step, self.seconds = saved.step, float(saved.state["seconds"])
+        self._window, self._window_seconds = saved.state["window"], float(saved.state["window_seconds"])
+        before = saved.state["config"]
+        # Through JSON, which knows no tuples.
+        now = json.loads(json.dumps(asdict(self.config)))
+        self._changed = [name for name in now if now[name] != before.get(name)]
+        self.resumed_from = path
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM finishes the step and checkpoints; a second one acts as usual."""
+        self._asked_to_stop = False
+        before: dict[int, Any] = {}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._asked_to_stop = True
+            signal.signal(number, before[number])
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
+        except ValueError:
+            # Not in the main thread: whoever runs the threads handles signals.
+            before.clear()
+        try:
+            yield
+        finally:
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
+
+
+def _flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, group in groups.items() for key, tensor in group.items()}
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(
+            f"{where} does not fit the model ({reason}); resume with the configuration it was begun with"
+        ) from None

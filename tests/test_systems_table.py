@@ -1,0 +1,145 @@
+"""systems.toml is complete and honest, and names lead to code or to the nearest name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from nextscale import registry
+from nextscale.errors import DataError, InputError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TABLE = registry._table()
+NOT_PLANNED = sorted(slug for slug, entry in TABLE.items() if entry.status != "planned")
+
+
+def test_table_has_every_system_once() -> None:
+    assert len(TABLE) == 130
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", slug) for slug in TABLE)
+    assert len({entry.title for entry in TABLE.values()}) == 130
+
+
+def test_rows_use_known_statuses_and_families() -> None:
+    assert {entry.status for entry in TABLE.values()} <= set(registry.STATUSES)
+    assert {entry.family for entry in TABLE.values()} == set(registry.FAMILIES[:-1])
+    for entry in TABLE.values():
+        assert entry.name and entry.title
+        assert re.fullmatch(r"(\d{4}\.\d{4,5})?", entry.paper), entry.slug
+
+
+def test_planned_rows_claim_nothing() -> None:
+    for entry in TABLE.values():
+        if entry.status == "planned":
+            assert (entry.where, entry.command, entry.check) == ("", "", ""), entry.slug
+
+
+@pytest.mark.parametrize("slug", NOT_PLANNED)
+def test_what_is_built_imports_and_names_its_command_and_check(slug: str) -> None:
+    entry = TABLE[slug]
+    assert registry.resolve(slug) is registry.import_target(entry.where)
+    assert entry.command.startswith("nextscale ")
+    assert entry.check
+    for word in shlex.split(entry.check):
+        path = word.partition("::")[0]
+        if "/" in path:
+            assert (CHECKOUT / path).is_file(), f"{slug}: its check names {path}, which is not there"
+
+
+def test_table_names_no_place_on_a_machine() -> None:
+    text = registry.systems_path().read_text(encoding="utf-8")
+    assert not re.search(r"[\s\"'=](?:~?/\w|\.\./|[A-Z]:\\)", text)
+
+
+@pytest.mark.parametrize("model", sorted(registry.models()))
+def test_every_model_name_leads_to_a_function(model: str) -> None:
+    assert callable(registry.resolve(model))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("fast-var", "fastvar"), ("Infinty", "infinity"), ("var-d61", "var-d16"), ("emoji64", "emoji-64")],
+)
+def test_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean '{meant}'"):
+        registry.resolve(typed)
+
+
+def test_unknown_name_with_nothing_near_says_where_names_are_listed() -> None:
+    with pytest.raises(InputError, match="`nextscale systems`"):
+        registry.resolve("qqqqzzzz")
+
+
+def test_published_name_is_understood_and_a_shared_one_asks_for_a_slug() -> None:
+    assert registry.system_entry("LlamaGen").slug == "llamagen"
+    with pytest.raises(InputError, match="par, panorama_ar"):
+        registry.system_entry("PAR")
+
+
+def test_planned_system_says_so() -> None:
+    slug = next(slug for slug, entry in TABLE.items() if entry.status == "planned")
+    with pytest.raises(InputError, match="planned"):
+        registry.resolve(slug)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nextscale.errors", "module:name"),
+        ("nextscale.nowhere:Thing", "no module"),
+        ("nextscale.errors:InputEror", "did you mean 'InputError'"),
+    ],
+)
+def test_bad_target_is_one_clear_line(target: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        registry.import_target(target)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_import_inside_a_module_is_not_reported_as_an_unknown_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_absent_package.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        registry.import_target("needs_absent_package:anything")
+
+
+def test_other_packages_add_systems_and_models_but_cannot_take_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {
+        "nextscale.systems": [EntryPoint("theirs", "nextscale.errors:InputError", "nextscale.systems")],
+        "nextscale.models": [
+            EntryPoint("theirs-small", "nextscale.errors:nearest", "nextscale.models"),
+            EntryPoint("var-d16", "nextscale.errors:nearest", "nextscale.models"),
+        ],
+    }
+    monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
+    assert registry.systems()["theirs"].family == registry.FAMILIES[-1]
+    with pytest.warns(UserWarning, match="var-d16"):
+        assert registry.resolve("theirs") is InputError
+        table = registry.models()
+    assert table["theirs-small"] == "nextscale.errors:nearest"
+    assert table["var-d16"] != "nextscale.errors:nearest"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("not toml [", "not valid TOML"),
+        ("var = 3\n", "must be a table"),
+        ("[var]\nname = 'VAR'\n", "lacks"),
+        ("[var]\n" + "\n".join(f"{c} = 3" for c in registry.COLUMNS), "must be a string"),
+        ("[var]\n" + "\n".join(f"{c} = ''" for c in (*registry.COLUMNS, "colour")), "colour"),
+    ],
+)
+def test_damaged_table_is_one_clear_line(
+    row: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "systems.toml"
+    path.write_text(row)
+    monkeypatch.setattr(registry, "systems_path", lambda: path)
+    with pytest.raises(DataError, match=message):
+        registry._table.__wrapped__()
