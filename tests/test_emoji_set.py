@@ -62,6 +62,11 @@ def test_every_style_has_most_concepts_and_no_picture_twice() -> None:
     assert all(row["name"] and row["keywords"] for row in rows())
 
 
+def test_drawings_of_another_set_or_another_thing_are_left_out() -> None:
+    assert not [row["name"] for row in rows() if row["style"] == "fluent-3d" and row["subcategory"] == "country-flag"]
+    assert {row["style"] for row in rows() if row["name"] == "flag Sark"} == {"twemoji"}
+
+
 def test_every_class_has_twenty_concepts_of_one_category() -> None:
     concepts: dict[str, set[str]] = defaultdict(set)
     for row in rows():

@@ -15,17 +15,16 @@ import torch
 from small_task import AdversarialTask, AutoencoderTask, config, draw_pictures, make_trainer
 from torch import nn
 
+from nextscale.configuration import build, read_mapping
+from nextscale.devices import choose_device
 from nextscale.errors import DataError, DeviceError, InputError, WeightsError
 from nextscale.training import (
     Average,
     DivergedError,
     TrainConfig,
-    build,
     checkpoints,
-    choose_device,
     latest,
     read_checkpoint,
-    read_mapping,
     read_metrics,
 )
 from nextscale.training.schedules import learning_rate_scale

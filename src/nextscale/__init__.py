@@ -1,11 +1,43 @@
 """nextscale: visual autoregressive generation as one vocabulary of parts.
 
+    import nextscale
+    system = nextscale.load("emoji-64")
+    system.generate(("animal-mammal", "noto"), count=4, seed=1).images[0].save("picture.png")
+
 Shape letters, used as suffixes of tensor names (`tokens_BL`, `canvas_BCHW`): B pictures, L rows (positions),
-C width, V vocabulary, H and W latent height and width, K steps, D condition width, R branches x pictures.
+C width, V vocabulary, H and W latent height and width, K steps, D condition width, R branches x pictures, N keys.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "list_models", "list_systems", "load"]
+
+
+def load(name: str, **options: Any) -> Any:
+    """A model by name (``emoji-64``, ``var-d16``, ...) or from a folder that ``nextscale train`` or ``convert`` wrote.
+
+    options: ``precision`` (``fp32`` or ``bf16``), ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``), and for published
+    sizes ``tokenizer`` and ``generator``: weights by local path or hub file. Raises InputError on unknown names,
+    WeightsError on weights that don't fit, DeviceError on a device that isn't there.
+    """
+    from nextscale.systems import load_model
+
+    return load_model(name, **options)
+
+
+def list_models() -> list[str]:
+    """Names that ``load`` takes."""
+    from nextscale.registry import models
+
+    return sorted(models())
+
+
+def list_systems() -> list[str]:
+    """Slugs of all systems, planned ones too."""
+    from nextscale.registry import systems
+
+    return list(systems())

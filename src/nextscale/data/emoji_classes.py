@@ -1,6 +1,6 @@
 """Which class an emoji belongs to, and which emoji are variants of one drawing.
 
-The classes merge Unicode's 97 subcategories (seven hold fewer than four concepts, flags alone hold 270) into 51
+The classes merge Unicode's 97 subcategories (nine hold fewer than four concepts, flags alone hold 270) into 51
 of at least 20 concepts each, always inside one category and with the nearest neighbour in meaning. Variants of one
 drawing (man, woman and person of one role; hair colours; facing right; families) form a *group*, which the splits
 never cut: otherwise a "held-out" woman firefighter would be the trained man firefighter with other hair.

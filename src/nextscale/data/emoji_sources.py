@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ PACKAGES: dict[str, Package] = {
     "names": Package("unicode-emoji-json", "0.9.0", r"data-by-emoji\.json"),
     "keywords": Package("emojilib", "4.0.3", r"dist/emoji-en-US\.json"),
 }
+
+
+#: The 3D package fills its gaps with Noto's flags of countries and regions: neither 3D nor under its licence.
+_NOT_3D = {"country-flag", "subdivision-flag"}
+
+#: Drawings that show something else than their name: Noto's picture for Sark is the flag of Saudi Arabia.
+_WRONG_DRAWINGS = {("noto", "1F1E8-1F1F6")}
 
 
 @dataclass(frozen=True)
@@ -200,16 +207,6 @@ def fluent_stem(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def _three_d_by_text(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    by_text: dict[str, bytes] = {}
-    for path, data in files.items():
-        codepoints = Path(path).stem.replace("_", "-")
-        if codepoints.startswith("1f3f4-e0067"):
-            codepoints += "-e007f"  # the archive's names lack the tag that ends a flag of a country's part
-        by_text[text_of(codepoints)] = data
-    return by_text
-
-
 def _by_text(table: bytes) -> dict[str, Any]:
     return {emoji.replace("\ufe0f", ""): entry for emoji, entry in json.loads(table).items()}
 
@@ -232,20 +229,25 @@ def read_concepts(folder: Path, skin_tones: bool, step: Callable[[str], None] = 
     table: list[dict[str, Any]] = json.loads(files["noto"]["emoji.json"])
     names = _by_text(files["names"]["data-by-emoji.json"])
     keywords = _by_text(files["keywords"]["dist/emoji-en-US.json"])
-    three_d = _three_d_by_text(files["fluent-3d"])
+    # Names of regions' flags are no plain code points; they are left out below in any case.
+    three_d = {text_of(Path(path).stem): data for path, data in files["fluent-3d"].items() if "_" not in path}
 
-    def drawings_of(entry: dict[str, Any], name: str, tone: str) -> list[Drawing]:
+    def drawings_of(entry: dict[str, Any], name: str, subcategory: str, tone: str) -> list[Drawing]:
         found: dict[str, bytes | None] = {
             "noto": files["noto"].get(f"img/google/64/{entry['image']}") if entry["has_img_google"] else None,
             "twemoji": files["twemoji"].get(f"img/twitter/64/{entry['image']}") if entry["has_img_twitter"] else None,
-            "fluent-3d": three_d.get(text_of(entry["unified"])),
+            "fluent-3d": three_d.get(text_of(entry["unified"])) if subcategory not in _NOT_3D else None,
         }
         stem = fluent_stem(name)
         for style, directory in (("fluent-flat", "flat"), ("fluent-color", "modern")):
             endings = [f"-{tone}"] if tone else ["", "-default", f"-{directory}"]
             paths = [f"icons/{directory}/{stem}{ending}.svg" for ending in endings]
             found[style] = next((files["fluent"][path] for path in paths if path in files["fluent"]), None)
-        return [Drawing(style, tone, data) for style in STYLES if (data := found[style]) is not None]
+        return [
+            Drawing(style, tone, data)
+            for style in STYLES
+            if (data := found[style]) is not None and (style, entry["unified"]) not in _WRONG_DRAWINGS
+        ]
 
     concepts = []
     for entry in sorted(table, key=lambda entry: int(entry["sort_order"])):
@@ -253,13 +255,13 @@ def read_concepts(folder: Path, skin_tones: bool, step: Callable[[str], None] = 
         if entry["category"] == "Component" or text not in names:
             continue
         name = names[text]["name"]
-        words = [word.replace("_", " ") for word in keywords.get(text, [])]
+        words = [" ".join(word.replace("_", " ").split()) for word in keywords.get(text, [])]
         concept = Concept(entry["unified"], name, words, entry["category"], entry["subcategory"])
-        concept.drawings += drawings_of(entry, name, "")
+        concept.drawings += drawings_of(entry, name, entry["subcategory"], "")
         if skin_tones:
             for key, variant in entry.get("skin_variations", {}).items():
                 tone = "+".join(SKIN_TONES[part] for part in key.split("-"))
-                concept.drawings += drawings_of(variant, name, tone)
+                concept.drawings += drawings_of(variant, name, entry["subcategory"], tone)
         if concept.drawings:
             concepts.append(concept)
     return concepts

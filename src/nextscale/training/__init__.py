@@ -1,11 +1,11 @@
 """Training: one loop for every task, crash-safe checkpoints, averages, schedules, settings."""
 
 from nextscale.training.checkpoint import Checkpoint, checkpoints, latest, read_checkpoint
-from nextscale.training.config import TrainConfig, build, read_mapping
+from nextscale.training.config import TrainConfig
 from nextscale.training.ema import Average
 from nextscale.training.journal import read_metrics
 from nextscale.training.task import Task, TrainingStep, decay_groups
-from nextscale.training.trainer import DivergedError, Trainer, TrainResult, choose_device
+from nextscale.training.trainer import DivergedError, Trainer, TrainResult
 
 __all__ = [
     "Average",
@@ -16,12 +16,9 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "TrainingStep",
-    "build",
     "checkpoints",
-    "choose_device",
     "decay_groups",
     "latest",
     "read_checkpoint",
-    "read_mapping",
     "read_metrics",
 ]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.data.orders import mix
-from nextscale.errors import DataError, DeviceError, InputError, NextscaleError, WeightsError
+from nextscale.devices import choose_device
+from nextscale.errors import DataError, InputError, NextscaleError, WeightsError
 from nextscale.training.checkpoint import (
     Checkpoint,
     clear_leftovers,
@@ -52,24 +53,6 @@ class TrainResult:
     stopped: Literal["finished", "time", "signal"]
     seconds: float
     metrics: dict[str, float]
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is cuda, mps or cpu, the first that is there.
-
-    Raises:
-        DeviceError: a device that is not there, or no device at all.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"unknown device {name!r}; use auto, cpu, cuda or mps") from None
-    if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
-        raise DeviceError(f"device {name!r} is not there; use --device cpu, or install a torch that has it")
-    return device
 
 
 class Trainer:

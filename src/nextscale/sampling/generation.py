@@ -1,0 +1,159 @@
+"""Generation as a user sees it: settings in, pictures out, with everything needed to draw them again."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from nextscale.data.images import to_pil
+from nextscale.errors import InputError, did_you_mean
+from nextscale.run import At, Run
+
+OutputKind = Literal["pil", "numpy", "torch"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen.
+
+    guidance_scale: u + scale (c - u) at the schedule's strongest step, 1 for none; guidance_schedule: ``ramp`` (VAR's:
+    nothing at the first step, full at the last) or ``constant``; temperature; top_k, top_p: None keeps all; smooth:
+    VAR's smooth mode, which writes a soft mixture of codes (prettier, less varied; not for measuring).
+    """
+
+    guidance_scale: float = 1.0
+    guidance_schedule: str = "ramp"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    smooth: bool = False
+
+    def changed(self, changes: dict[str, Any]) -> Settings:
+        """These settings with others; raises InputError on unknown names."""
+        known = asdict(self)
+        for name in changes:
+            if name not in known:
+                raise InputError(f"unknown sampling setting {name!r}{did_you_mean(name, known)}")
+        return replace(self, **changes)
+
+
+@dataclass
+class Generation:
+    """Pictures and how they came about: tokens of every step (B, L_k), their log-probability (B,) in nats, one seed a
+    picture, the settings, and the seconds it took."""
+
+    images: Any
+    tokens: list[Tensor]
+    log_prob: Tensor
+    seeds: list[int]
+    labels: list[Any]
+    settings: Settings
+    seconds: float
+    stopped: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What is needed to draw one of the pictures again, for its metadata."""
+        return {"seed": self.seeds[index], "label": self.labels[index], **asdict(self.settings), **self.extra}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a stream yields after every step: pictures so far, and the run itself."""
+
+    step: int
+    steps: int
+    images: Any
+    run: Run
+
+
+def convert(pictures: Tensor, kind: OutputKind) -> Any:
+    """Pictures (B, 3, S, S') in [-1, 1] as a list of PIL images, as uint8 numpy (B, S, S', 3), or as they are."""
+    if kind == "torch":
+        return pictures
+    if kind == "pil":
+        return [to_pil(picture) for picture in pictures]
+    if kind == "numpy":
+        return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    raise InputError(f"output {kind!r} is unknown; use pil, numpy or torch")
+
+
+def picture_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:
+    """One seed a picture: given ones, or ``seed``, ``seed + 1``, ...; picture i never depends on the batch size."""
+    if seeds is None:
+        return [seed + i for i in range(count)]
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds were given for {count} pictures; give one each")
+    return [int(s) for s in seeds]
+
+
+def smooth_codes(codebook_VC: Tensor) -> Callable[[Tensor, At, Run], Tensor]:
+    """VAR's smooth mode: a Gumbel softmax over the filtered logits, sharper step by step, mixes the codes.
+
+    h = softmax((logits (1 + r) + gumbel) / tau) codebook, r = k / (K - 1), tau = max(0.27 (1 - 0.95 r), 0.005).
+    """
+    def soft(logits: Tensor, at: At, run: Run) -> Tensor:
+        span = run.plan.span(at.step, at.step + 1)
+        step_1L = run.plan.step_of_row[span].to(logits.device)[None]
+        u = run.noise.uniform("gumbel", step_1L, 0, run.order[:, span], width=logits.shape[-1])
+        tau = max(0.27 * (1 - 0.95 * at.progress), 0.005)
+        gumbel = -torch.log(-torch.log(u))
+        return F.softmax((logits * (1 + at.progress) + gumbel) / tau, -1) @ codebook_VC.float()
+
+    return soft
+
+
+class Progress:
+    """A progress line with rate and time left, on terminals or when asked for; used as a context manager."""
+
+    def __init__(self, total: int, what: str, show: bool | None):
+        import sys
+
+        self.total, self.what = total, what
+        self.bar: Any = None
+        if show or (show is None and sys.stderr.isatty()):
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True))
+
+    def __enter__(self) -> Progress:
+        self.began = time.monotonic()
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=self.total, rate="")
+        return self
+
+    def advance(self, steps: int = 1) -> None:
+        if self.bar is not None:
+            done = self.bar.tasks[0].completed + steps
+            rate = done / max(time.monotonic() - self.began, 1e-9)
+            self.bar.update(self.task, advance=steps, rate=f"{rate:.1f} steps/s")
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover ``count``."""
+    if size < 1:
+        raise InputError(f"batch_size is {size}; it must be at least 1")
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def join_images(parts: list[Any], kind: OutputKind) -> Any:
+    """The images of several batches as one."""
+    if kind == "pil":
+        joined: list[Image.Image] = [image for part in parts for image in part]
+        return joined
+    return np.concatenate(parts) if kind == "numpy" else torch.cat(parts)

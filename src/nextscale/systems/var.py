@@ -1,0 +1,430 @@
+"""VAR: visual autoregressive modelling by next-scale prediction (Tian et al., arXiv 2404.02905).
+
+A multi-scale VQ tokenizer turns a picture into K token maps, coarse to fine; a transformer predicts each map from all
+coarser ones, every token of a map at once:
+
+    p(r_1, ..., r_K) = prod_k p(r_k | r_1, ..., r_(k-1))
+
+The input of scale k is the picture so far (the canvas), resized to that scale; a class steers through adaLN.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextscale import hub
+from nextscale.canvas import Canvas
+from nextscale.conditions.class_label import ClassCondition, ClassTable
+from nextscale.configuration import build
+from nextscale.context import Hook
+from nextscale.errors import InputError, WeightsError, did_you_mean
+from nextscale.generators.var import VARGenerator, VARGeneratorConfig, initialise
+from nextscale.heads.categorical import CategoricalHead
+from nextscale.noise import Keyed, Noise
+from nextscale.objectives.teacher_forcing import teacher_forcing_loss
+from nextscale.plan import Plan
+from nextscale.run import Run
+from nextscale.sampling import editing
+from nextscale.sampling.filters import make_filters
+from nextscale.sampling.generation import (
+    Generation,
+    OutputKind,
+    Preview,
+    Progress,
+    Settings,
+    chunks,
+    convert,
+    join_images,
+    picture_seeds,
+    smooth_codes,
+)
+from nextscale.sampling.guidance import Guidance, make_guidance
+from nextscale.sampling.score import LogProb, score
+from nextscale.sampling.steps import sample_steps
+from nextscale.tokenizers import pyramid
+from nextscale.tokenizers.autoencoder import AutoencoderConfig
+from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+
+Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """A whole VAR: tokenizer, transformer, labels and its published sampling settings.
+
+    classes: how many classes each kind of label has; class_names: their names, where known (one list a kind);
+    settings: by purpose, ``pictures`` (what generate uses by default) and ``fid``.
+    """
+
+    tokenizer: MultiScaleVQConfig = field(default_factory=MultiScaleVQConfig)
+    generator: VARGeneratorConfig = field(default_factory=VARGeneratorConfig)
+    classes: tuple[int, ...] = (1000,)
+    class_names: tuple[tuple[str, ...], ...] = ()
+    settings: dict[str, Settings] = field(default_factory=lambda: {
+        "pictures": Settings(guidance_scale=5.0, top_k=900, top_p=0.95),
+        "fid": Settings(guidance_scale=2.5, top_k=900, top_p=0.96)})
+
+
+class VAR(nn.Module):
+    """The system: ``generate``, ``stream``, ``edit``, ``log_prob``, ``encode``, ``decode``, ``loss``."""
+
+    def __init__(self, config: VARConfig):
+        super().__init__()
+        self.config = config
+        self.tokenizer = MultiScaleVQ(config.tokenizer)
+        self.generator = VARGenerator(config.generator, config.tokenizer.plan,
+                                      config.tokenizer.autoencoder.latent_width)
+        self.head = CategoricalHead(config.generator.width, config.tokenizer.vocabulary)
+        self.labels = ClassTable(config.classes, config.generator.width)
+
+    def initialise(self, gate: float = 1e-3) -> VAR:
+        """The published initialisation of the transformer, for training from scratch."""
+        initialise(self.generator, self.head, self.labels, gate)
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        return self.tokenizer.plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def to_precision(self, precision: str) -> VAR:
+        """Hold the weights in ``fp32`` or ``bf16``; quantiser and canvas stay in float32 either way."""
+        if precision not in ("fp32", "bf16"):
+            raise InputError(f"precision {precision!r} is unknown; use fp32 or bf16")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for part in (self.generator, self.head, self.labels, self.tokenizer.encoder, self.tokenizer.decoder,
+                     self.tokenizer.to_latent, self.tokenizer.from_latent):
+            part.to(dtype)
+        self.tokenizer.to(memory_format=torch.channels_last)
+        return self
+
+    # Pictures and tokens
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> list[Tensor]:
+        """Tokens of every scale, (B, h * w) each, of pictures (B, 3, S, S) in [-1, 1]."""
+        return self.tokenizer.encode(pictures.to(self.device)).tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] of tokens; fewer scales give a coarse preview."""
+        return self.tokenizer.decode_tokens(list(tokens))
+
+    def label_rows(self, labels: Sequence[Label] | Label, count: int | None = None) -> Tensor:
+        """Label indices (B, n) of names, indices, None or tuples of these; one label serves ``count`` pictures.
+
+        Raises InputError on unknown names (the nearest is suggested) and indices out of range.
+        """
+        if labels is None or isinstance(labels, (int, str, tuple)):
+            labels = [labels] * (count or 1)
+        rows = []
+        for label in labels:
+            parts = label if isinstance(label, tuple) else (label,)
+            if len(parts) > len(self.config.classes):
+                raise InputError(f"label {label!r} has {len(parts)} parts; the model has {len(self.config.classes)}")
+            parts = parts + (None,) * (len(self.config.classes) - len(parts))
+            rows.append([self._label_index(kind, part) for kind, part in enumerate(parts)])
+        if count is not None and len(rows) != count:
+            raise InputError(f"{len(rows)} labels were given for {count} pictures")
+        return torch.tensor(rows, device=self.device)
+
+    def _label_index(self, kind: int, label: int | str | None) -> int:
+        size = self.config.classes[kind]
+        if label is None:
+            return size
+        names = self.config.class_names[kind] if kind < len(self.config.class_names) else ()
+        if isinstance(label, str) and not label.lstrip("-").isdigit():
+            if label in names:
+                return names.index(label)
+            hint = did_you_mean(label, names, f"; use an index from 0 to {size - 1}")
+            raise InputError(f"unknown class {label!r}{hint}")
+        if not 0 <= int(label) < size:
+            raise InputError(f"class {label} is out of range; use 0 to {size - 1}")
+        return int(label)
+
+    # Sampling
+
+    def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise) -> Run:
+        """A run at its first step."""
+        condition = ClassCondition(self.labels, labels_Bn)
+        return Run.start(self.plan, self.tokenizer.quantiser, condition, guidance.branches, noise, len(labels_Bn),
+                         self.device)
+
+    @torch.no_grad()
+    def generate(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
+                 seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
+                 hooks: Sequence[Hook] = (), callback: Callable[[int, Run], bool | None] | None = None,
+                 batch_size: int = 16, progress: bool | None = None, output: OutputKind = "pil",
+                 **settings: Any) -> Generation:
+        """Draw pictures.
+
+        labels: one label for ``count`` pictures, or one a picture: class index, name, None, or a tuple where the model
+        has several kinds of label. seed: picture i gets ``seed + i``, whatever the batch size; or give ``seeds``.
+        purpose: which published settings to start from, ``settings`` (see ``Settings``) change them. guidance: an
+        object of your own instead of the settings'. hooks: see ``nextscale.context.Hook``. callback: called with
+        (step, run) after every step; True stops. progress: None shows it on terminals. output: pil, numpy, torch.
+
+        Raises InputError on unknown labels, settings or counts that don't match.
+        """
+        rows = self.label_rows(labels, count)
+        used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
+        began, parts, stopped = time.perf_counter(), [], False
+        pieces = list(chunks(len(rows), batch_size))
+        with Progress(len(pieces) * len(self.plan), "drawing", progress) as bar:
+            for piece in pieces:
+                run = None
+                for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
+                                       guidance, hooks):
+                    bar.advance()
+                    if callback is not None and callback(run.cursor - 1, run):
+                        stopped = True
+                        break
+                assert run is not None
+                parts.append((convert(self.tokenizer.decode(run.canvas), output), run))
+                if stopped:
+                    break
+        drawn = sum(run.pictures for _, run in parts)
+        tokens = [torch.cat(step) for step in zip(*(run.tokens for _, run in parts), strict=True)]
+        log_prob = torch.cat([torch.cat(run.log_probs, 1).sum(1) for _, run in parts])
+        return Generation(join_images([images for images, _ in parts], output), tokens, log_prob, all_seeds[:drawn],
+                          [self.label_names(row) for row in rows[:drawn]], used, time.perf_counter() - began, stopped)
+
+    @torch.no_grad()
+    def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
+               purpose: str = "pictures", hooks: Sequence[Hook] = (), output: OutputKind = "pil",
+               **settings: Any) -> Iterator[Preview]:
+        """The same step by step: a preview after every step, the last one is the picture."""
+        rows = self.label_rows(labels, count)
+        used = self.settings_for(purpose, settings)
+        noise = Keyed.from_seeds(picture_seeds(len(rows), seed, None), self.device)
+        for run in self._steps(rows, noise, used, None, hooks):
+            yield Preview(run.cursor - 1, len(self.plan), convert(self.tokenizer.decode(run.canvas), output), run)
+
+    def settings_for(self, purpose: str, changes: dict[str, Any]) -> Settings:
+        """Published settings for a purpose, with changes."""
+        if purpose not in self.config.settings:
+            raise InputError(f"purpose {purpose!r} is unknown; this model has settings for "
+                             f"{', '.join(self.config.settings)}")
+        return self.config.settings[purpose].changed(changes)
+
+    def _steps(self, rows: Tensor, noise: Noise, used: Settings, guidance: Guidance | None,
+               hooks: Sequence[Hook]) -> Iterator[Run]:
+        guidance = guidance or make_guidance(used.guidance_scale, used.guidance_schedule)
+        filters = make_filters(used.temperature, used.top_k, used.top_p)
+        soft = smooth_codes(self.tokenizer.quantiser.codebook.weight) if used.smooth else None
+        with ExitStack() as stack:
+            if self.training:
+                self.eval()
+                stack.callback(self.train)
+            yield from sample_steps(self, self.start(rows, guidance, noise), guidance, filters, hooks, soft)
+
+    def label_names(self, row: Tensor) -> Any:
+        """What a row of label indices is called: a name or index, a tuple for several kinds, None for no class."""
+        found = []
+        for kind, index in enumerate(row.tolist()):
+            names = self.config.class_names[kind] if kind < len(self.config.class_names) else ()
+            found.append(None if index == self.config.classes[kind] else names[index] if names else index)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    # Editing
+
+    @torch.no_grad()
+    def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
+             seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
+             progress: bool | None = None, **settings: Any) -> Generation:
+        """Redraw a region without training: in- and outpainting, or another class inside a region.
+
+        pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. Tokens of untouched cells
+        are forced at every scale, so the rest equals the tokenizer's reconstruction. Raises InputError when sizes are
+        not the model's.
+        """
+        h, w = self.tokenizer.picture_size
+        if tuple(pictures.shape[1:]) != (3, h, w):
+            raise InputError(f"picture: this model edits {h}x{w} pixels, got {tuple(pictures.shape[2:])}; resize it")
+        if tuple(redraw.shape) != (len(pictures), h, w):
+            raise InputError(f"mask: its shape {tuple(redraw.shape)} must be {(len(pictures), h, w)}, as the picture's")
+        keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), self.plan.grid), self.plan)
+        forced = editing.ForcedTokens(self.encode(pictures), keep)
+        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[forced],
+                             batch_size=len(pictures), progress=progress, output=output, **settings)
+
+    # Likelihood and training
+
+    def log_prob(self, pictures_or_tokens: Tensor | Sequence[Tensor], labels: Sequence[Label] | Label = None,
+                 guidance: Guidance | None = None, filters: Sequence[Any] = ()) -> LogProb:
+        """Log-probability of pictures (B, 3, S, S) or of their tokens: a token, a step and a picture, in nats.
+
+        guidance and filters: score under a sampler's distribution instead of the model's own.
+        """
+        tokens = (self.encode(pictures_or_tokens) if isinstance(pictures_or_tokens, Tensor)
+                  else list(pictures_or_tokens))
+        guidance = guidance or make_guidance(1.0)
+        condition = ClassCondition(self.labels, self.label_rows(labels, len(tokens[0])))
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
+            reads = pyramid.replay(tokens, canvas).reads
+            return score(self, self.plan, tokens, reads, condition, guidance, guidance.branches, filters)
+
+    def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
+             part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forcing cross-entropy: the loss, its value at every step (K,), the share of right guesses (K,)."""
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(labels_Bn), labels_Bn.device)
+            reads = pyramid.replay(list(tokens), canvas).reads
+        cond = self.labels(self.labels.drop(labels_Bn, label_dropout, part_dropout))
+        return teacher_forcing_loss(self.generator, self.head, self.plan, tokens, reads, cond, step_weights,
+                                    label_smoothing)
+
+
+# Published sizes, settings and weights
+
+PLANS = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+         1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
+
+
+def _squares(sides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((s, s) for s in sides)
+
+
+def preset_config(name: str) -> VARConfig:
+    """The configuration of a published size: var-d16, var-d20, var-d24, var-d30 (256 px), var-d36-s (512 px)."""
+    depths = {"var-d16": 16, "var-d20": 20, "var-d24": 24, "var-d30": 30}
+    if name in depths:
+        return VARConfig(generator=VARGeneratorConfig.of_depth(depths[name]))
+    if name == "var-d36-s":
+        return VARConfig(MultiScaleVQConfig(grids=_squares(PLANS[512])),
+                         VARGeneratorConfig.of_depth(36, shared_modulation=True))
+    raise InputError(f"unknown VAR size {name!r}{did_you_mean(name, [*depths, 'var-d36-s'])}")
+
+
+def preset(name: str) -> VAR:
+    """A VAR of a published size with random weights; ``load_published`` fills it."""
+    return VAR(preset_config(name)).eval()
+
+
+TOKENIZER_NAMES: tuple[tuple[str, str | None], ...] = (
+    *((rf"{side}\.{level}\.(\d+)\.block\.(\d+)\.{theirs}\.(weight|bias)", rf"{side}.levels.\1.blocks.\2.{ours}.\3")
+      for side, level in (("encoder", "down"), ("decoder", "up"))
+      for theirs, ours in (("norm1", "norm_in"), ("conv1", "conv_in"), ("norm2", "norm_out"), ("conv2", "conv_out"),
+                           ("nin_shortcut", "shortcut"))),
+    (r"encoder\.down\.(\d+)\.attn\.(\d+)\.(norm|qkv)\.(weight|bias)", r"encoder.levels.\1.attentions.\2.\3.\4"),
+    (r"encoder\.down\.(\d+)\.attn\.(\d+)\.proj_out\.(weight|bias)", r"encoder.levels.\1.attentions.\2.projection.\3"),
+    (r"decoder\.up\.(\d+)\.attn\.(\d+)\.(norm|qkv)\.(weight|bias)", r"decoder.levels.\1.attentions.\2.\3.\4"),
+    (r"decoder\.up\.(\d+)\.attn\.(\d+)\.proj_out\.(weight|bias)", r"decoder.levels.\1.attentions.\2.projection.\3"),
+    (r"encoder\.down\.(\d+)\.downsample\.conv\.(weight|bias)", r"encoder.levels.\1.change.conv.\2"),
+    (r"decoder\.up\.(\d+)\.upsample\.conv\.(weight|bias)", r"decoder.levels.\1.change.conv.\2"),
+    *((rf"(encoder|decoder)\.mid\.block_{i}\.{theirs}\.(weight|bias)", rf"\1.middle.{block}.{ours}.\2")
+      for i, block in ((1, "block_in"), (2, "block_out"))
+      for theirs, ours in (("norm1", "norm_in"), ("conv1", "conv_in"), ("norm2", "norm_out"), ("conv2", "conv_out"))),
+    (r"(encoder|decoder)\.mid\.attn_1\.(norm|qkv)\.(weight|bias)", r"\1.middle.attention.\2.\3"),
+    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(weight|bias)", r"\1.middle.attention.projection.\2"),
+    (r"(encoder|decoder)\.conv_in\.(weight|bias)", r"\1.input.\2"),
+    (r"(encoder|decoder)\.norm_out\.(weight|bias)", r"\1.norm.\2"),
+    (r"(encoder|decoder)\.conv_out\.(weight|bias)", r"\1.output.\2"),
+    (r"quant_conv\.(weight|bias)", r"to_latent.\1"),
+    (r"post_quant_conv\.(weight|bias)", r"from_latent.\1"),
+    (r"quantize\.embedding\.weight", "quantiser.codebook.weight"),
+    (r"quantize\.quant_resi\.qresi_ls\.(\d+)\.(weight|bias)", r"quantiser.phis.\1.\2"),  # partially shared
+    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantiser.phis.0.\1"),  # shared
+    (r"quantize\.quant_resi\.(\d+)\.(weight|bias)", r"quantiser.phis.\1.\2"),  # one a scale
+    (r"quantize\.ema_vocab_hit_SV", "quantiser.usage_KV"),
+)
+
+GENERATOR_NAMES: tuple[tuple[str, str | None], ...] = (
+    (r"pos_start", "generator.start"),
+    (r"pos_1LC", "generator.position"),
+    (r"lvl_embed\.weight", "generator.level.weight"),
+    (r"word_embed\.(weight|bias)", r"generator.word.\1"),
+    (r"class_emb\.weight", "labels.tables.0.weight"),
+    (r"blocks\.(\d+)\.attn\.scale_mul_1H11", r"generator.blocks.\1.attention.scale_1H11"),
+    (r"blocks\.(\d+)\.attn\.(q_bias|v_bias)", r"generator.blocks.\1.attention.\2"),
+    (r"blocks\.(\d+)\.attn\.mat_qkv\.weight", r"generator.blocks.\1.attention.qkv.weight"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"generator.blocks.\1.attention.projection.\2"),
+    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"generator.blocks.\1.mlp.expand.\2"),
+    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"generator.blocks.\1.mlp.contract.\2"),
+    (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"generator.blocks.\1.modulation.\2"),
+    (r"blocks\.(\d+)\.ada_gss", r"generator.blocks.\1.modulation_offset"),
+    (r"shared_ada_lin\.1\.(weight|bias)", r"generator.shared_modulation.\1"),
+    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"generator.head_modulation.\1"),
+    (r"head\.(weight|bias)", r"head.\1"),
+    (r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias", None),  # derived from the plan here
+)
+
+
+def load_published(system: VAR, tokenizer: Any = None, generator: Any = None) -> VAR:
+    """Fill a VAR with published weights: state dicts, local paths, or ``FoundationVision/var/var_d16.pth`` on the hub.
+
+    Either may be left out. Raises WeightsError naming the tensors that don't fit.
+    """
+    for given, module, names, optional in (
+            (tokenizer, system.tokenizer, TOKENIZER_NAMES, (r"quantiser\.(usage_KV|assigned.*)",)),
+            (generator, _Transformer(system), GENERATOR_NAMES, ())):
+        if given is not None:
+            tensors = given if isinstance(given, dict) else hub.read_tensors(given)
+            where = "state dict" if isinstance(given, dict) else str(given)
+            hub.load_published(module, tensors, names, where, optional)
+    return system
+
+
+class _Transformer(nn.Module):
+    """What a published transformer file holds: everything of a VAR but its tokenizer."""
+
+    def __init__(self, system: VAR):
+        super().__init__()
+        self.generator, self.head, self.labels = system.generator, system.head, system.labels
+
+
+def published_config(vae: dict[str, Any], var: dict[str, Any]) -> VARConfig:
+    """The configuration that the published constructors' keyword arguments mean (``VQVAE(...)``, ``VAR(...)``)."""
+    grids = _squares(vae.get("v_patch_nums", PLANS[256]))
+    tokenizer = MultiScaleVQConfig(
+        AutoencoderConfig(width=vae.get("ch", 128), latent_width=vae.get("z_channels", 32)), grids,
+        vocabulary=vae.get("vocab_size", 4096), phi_count=vae.get("share_quant_resi", 4), phi_ratio=vae.get("quant_resi", 0.5),
+        cosine=vae.get("using_znorm", False), commitment=vae.get("beta", 0.25))
+    generator = VARGeneratorConfig(
+        depth=var.get("depth", 16), width=var.get("embed_dim", 1024), heads=var.get("num_heads", 16),
+        mlp_ratio=var.get("mlp_ratio", 4.0), shared_modulation=var.get("shared_aln", False),
+        l2_attention=var.get("attn_l2_norm", False), drop_path=var.get("drop_path_rate", 0.0))
+    return VARConfig(tokenizer, generator, (var.get("num_classes", 1000),))
+
+
+# Models of this project
+
+def save(system: VAR, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``config.json``, ``tokenizer.safetensors`` and ``generator.safetensors`` into a folder."""
+    for name, module in (("tokenizer", system.tokenizer), ("generator", _Transformer(system))):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in module.state_dict().items()}
+        hub.save_tensors(tensors, folder / f"{name}.safetensors", {"system": "var", "part": name})
+    hub.save_json({"system": "var", **asdict(system.config)}, folder / "config.json")
+
+
+def load(folder: Path, precision: str = "fp32") -> VAR:
+    """A VAR that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
+    config = hub.read_json(folder / "config.json")
+    config.pop("system", None)
+    system = VAR(build(VARConfig, config, str(folder / "config.json"))).eval()
+    for name, module in (("tokenizer", system.tokenizer), ("generator", _Transformer(system))):
+        path = folder / f"{name}.safetensors"
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
+        hub.load_published(module, tensors, ((r"(.*)", r"\1"),), str(path))
+    return system.to_precision(precision)
+
+
+def shipped(name: str) -> VAR:
+    """A trained model that comes with the package."""
+    folder = Path(str(files("nextscale").joinpath("weights", name)))
+    if not folder.is_dir():
+        raise WeightsError(f"the trained model {name!r} is not in this installation (looked in {folder}); install again")
+    return load(folder)
