@@ -104,14 +104,25 @@ class Context:
         """A value that doesn't change over the run: computed at the first call, kept with the run."""
         return make() if self.memory is None else self.memory.constant(address, make)
 
+    def remembered(self, who: str) -> Memory:
+        """The run's memory, for hooks that can't do without; raises InputError in a pass that has none."""
+        if self.memory is None:
+            raise InputError(f"{who}: it needs a run's memory, but this pass (training, scoring) has none; "
+                             "leave it out")
+        return self.memory
+
     def _attend(self, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows, krows: Rows,
                 scale: float | None) -> Tensor:
         if self.memory is None:
             if k is None or v is None:
                 raise InputError(f"attention at {address}: a pass without memory has no keys to read back")
             return attention(q, k, v, self._mask(rows, krows.tags, address), scale)
-        groups = self.memory.groups[address] if k is None or v is None else self.memory.append(
-            address, k, v, krows.tags)
+        if k is None or v is None:
+            if address not in self.memory.groups:
+                raise InputError(f"attention at {address}: nothing was written there that could be read back")
+            groups = self.memory.groups[address]
+        else:
+            groups = self.memory.append(address, k, v, krows.tags, krows.keep)
         if groups[0].heads is None:
             return self._attend_group(groups[0], q, rows, address, scale)
         out = q.new_empty((*q.shape[:3], groups[0].v.shape[3]))
@@ -122,32 +133,42 @@ class Context:
     def _attend_group(self, group: Group, q: Tensor, rows: Rows, address: str, scale: float | None) -> Tensor:
         assert self.memory is not None
         mask = None
-        own = group.tags is not None
-        valid = group.tags.valid if group.tags is not None else (self.memory.log and self.memory.log.valid)
-        if rows.masked or valid is not None or self.check:
+        if rows.masked or self.check or self.memory.ragged:
             tags = self.memory.tags_of(group)
             assert tags is not None
-            mask = self._mask(rows, tags, address if own else "")
+            mask = self._mask(rows, tags, address)
         n = group.rows
         return attention(q, group.k[:, :, :n], group.v[:, :, :n], mask, scale)
 
     def _mask(self, rows: Rows, keys: Tags, address: str) -> Any:
-        if self.check and not rows.masked and keys.valid is None:
-            seen = rows.visible.sees(rows.step[:, :, None], keys.step[:, None, :])
-            if not bool(seen.all()):
-                raise InputError(f"attention at {address}: rows promised to see everything, but {int((~seen).sum())} "
-                                 "pairs are hidden by the visibility; set masked=True")
+        if self.check:
+            self._check(rows, keys, address)
         if not rows.masked and keys.valid is None:
             return None
-        # All addresses that follow the log share one mask; a shorter one (rows selected by a hook) gets its own.
-        key = (address, id(rows.step), len(rows), len(keys))
+        # Addresses that hold the same rows share one mask. The tensors are kept with it, so that their ids stay theirs.
+        key = (id(rows.step), id(keys.step), id(keys.valid))
         if key not in self.scratch:
-            sees = rows.visible.sees if rows.masked else (lambda q, k: (k == k) & (q == q))
-            mask = visibility_mask(sees, rows.step, keys.step)
-            if keys.valid is not None:
-                mask = mask & keys.valid[:, None, None, :]
-            self.scratch[key] = (mask, rows.step)
+            sees = rows.visible.sees if rows.masked else _everything
+            self.scratch[key] = (visibility_mask(sees, rows.step, keys.step, keys.valid), rows.step, keys)
         return self.scratch[key][0]
+
+    def _check(self, rows: Rows, keys: Tags, address: str) -> None:
+        seen = rows.visible.sees(rows.step[:, :, None], keys.step[:, None, :])
+        if keys.valid is not None:
+            hidden = ~seen & keys.valid[:, None]
+            seen = seen & keys.valid[:, None]
+        else:
+            hidden = ~seen
+        if not rows.masked and bool(hidden.any()):
+            raise InputError(f"attention at {address}: rows promised to see everything, but {int(hidden.sum())} "
+                             "pairs are hidden by the visibility; set masked=True")
+        if not bool(seen.any(-1).all()):
+            raise InputError(f"attention at {address}: {int((~seen.any(-1)).sum())} rows see nothing at all; what "
+                             "dropped their keys must go through the call step by step (Rows.by_step)")
+
+
+def _everything(query_step: Tensor, key_step: Tensor) -> Tensor:
+    return (query_step == query_step) & (key_step == key_step)
 
 
 def _wrap(method: Any, ctx: Context, address: str, inner: Function) -> Function:

@@ -131,6 +131,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     except Exception as error:
         temporary.unlink(missing_ok=True)

@@ -35,6 +35,12 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int 
     return c0, c1, c2, c3
 
 
+@torch.compiler.assume_constant_result
+def _purpose(what: str) -> int:
+    """The counter word of a purpose's name; a constant to the compiler, which can't look into zlib."""
+    return zlib.crc32(what.encode())
+
+
 class Noise(Protocol):
     """Where a run's random numbers come from."""
 
@@ -72,7 +78,7 @@ class Keyed:
         step = step.expand(pictures, -1)
         block = torch.arange(blocks, device=cells.device)
         shape = (pictures, cells.shape[1], blocks)
-        counter = (torch.full(shape, zlib.crc32(what.encode()), dtype=torch.int64, device=cells.device),
+        counter = (torch.full(shape, _purpose(what), dtype=torch.int64, device=cells.device),
                    (step + (round << 16))[..., None].expand(shape),
                    (cells[..., 1] << 16 | cells[..., 2])[..., None].expand(shape),
                    ((cells[..., 0] << 16)[..., None] + block).expand(shape))

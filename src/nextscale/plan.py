@@ -159,7 +159,7 @@ def parse_grids(text: str) -> tuple[tuple[int, int], ...]:
     grids = []
     for part in text.split(","):
         numbers = part.strip().lower().split("x")
-        if len(numbers) > 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        if len(numbers) > 2 or not all(n.isdecimal() and len(n) < 6 and int(n) > 0 for n in numbers):
             raise InputError(f"schedule: cannot read {part.strip()!r} in {text!r}; write sides or hxw, as in 1,2,3x4,6")
         grids.append((int(numbers[0]), int(numbers[-1])))
     return tuple(grids)

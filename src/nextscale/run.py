@@ -44,9 +44,25 @@ class Rows:
         return Tags(self.step, self.cell)
 
     def select(self, index_RM: Tensor) -> Rows:
-        """Other rows for every row of the batch, (R, M); none of them is known to lead, so none stays in memory."""
-        chosen = self.tags.selected(index_RM)
-        return replace(self, cell=chosen.cell, step=chosen.step, spans=None, keep=0)
+        """Other rows for every row of the batch, (R, M). Those that stay in memory are those that would have stayed.
+
+        Rows of one step remain a span of that step. Raises InputError where the rows that stay don't lead, or are
+        provisional.
+        """
+        if self.keep is None:
+            raise InputError("rows: provisional rows can't be selected from, their commit counts all of them; "
+                             "let calls with keep=None pass whole")
+        keep, chosen = index_RM.shape[1] if self.keep == len(self) else 0, self.tags.selected(index_RM)
+        if 0 < self.keep < len(self):
+            stays = index_RM < self.keep
+            keep = int(stays[0].sum())
+            if not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < keep)).all()):
+                raise InputError("rows: those that stay in memory must lead the selection, as many in every picture; "
+                                 "select among the rows of one step (Rows.by_step)")
+        spans = None
+        if self.spans is not None and len(self.spans) == 1:
+            spans = (Span(self.spans[0].step, 0, index_RM.shape[1]),)
+        return replace(self, cell=chosen.cell, step=chosen.step, spans=spans, keep=keep)
 
     def part(self, first: int, last: int, keep: int | None) -> Rows:
         """A run of consecutive rows ``first:last``."""
@@ -54,6 +70,21 @@ class Rows:
             Span(s.step, max(s.lo, first) - first, min(s.hi, last) - first)
             for s in self.spans if s.lo < last and s.hi > first)
         return replace(self, cell=self.cell[:, first:last], step=self.step[:, first:last], spans=spans, keep=keep)
+
+    def by_step(self) -> list[tuple[slice, Rows]]:
+        """The rows step by step, each part with its share of what stays in memory.
+
+        What acts on a step's rows (prunes them, shrinks memory behind them) goes through a call in these parts, so
+        that a prefill of several steps does what the loop did. Raises InputError where pictures stand at different
+        steps.
+        """
+        if self.spans is None:
+            raise InputError("rows: pictures stand at different steps, so the call can't be taken step by step; "
+                             "leave out what acts on whole steps")
+        if len(self.spans) == 1:
+            return [(slice(0, len(self)), self)]
+        return [(slice(s.lo, s.hi), self.part(s.lo, s.hi, None if self.keep is None
+                                              else min(max(self.keep - s.lo, 0), s.hi - s.lo))) for s in self.spans]
 
 
 @dataclass(frozen=True)
@@ -129,7 +160,8 @@ class Run:
     ``cursor`` is the step that is predicted next, ``filled`` the steps in memory: a call covers ``filled..cursor``,
     so that a prefix, a prefill and a hand-over are just calls with more rows. ``reads`` holds the un-embedded input of
     every step up to the cursor (None for the first): it can't be had back from a canvas that was edited since.
-    ``order`` is the cell of every row, (B|1, L, 3).
+    ``order`` is the cell of every row, (B|1, L, 3). ``carried``: what hooks hold a picture, (B, ...): forced tokens,
+    control maps, scores; unlike memory, which belongs to one network, it follows a hand-over.
     """
 
     plan: Plan
@@ -144,6 +176,7 @@ class Run:
     tokens: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
     reads: list[Tensor | None] = field(default_factory=lambda: [None])
+    carried: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, plan: Plan, codec: Any, condition: Condition, branches: Sequence[str], noise: Noise,
@@ -198,10 +231,20 @@ class Run:
         self.write(Sample(tokens, torch.zeros(tokens.shape[:2], device=self.device)))
 
     def settle(self, rows: Rows) -> None:
-        """After a call: its kept rows are in memory now."""
+        """After a call: its kept rows are in memory now, and steps all of whose rows are kept count as filled."""
         self.memory.settle(rows.keep, rows.tags)
-        if rows.spans is not None and rows.keep == len(rows):
-            self.filled = max(self.filled, rows.spans[-1].step + 1)
+        for span in rows.spans or ():
+            if rows.keep is not None and span.hi <= rows.keep:
+                self.filled = max(self.filled, span.step + 1)
+
+    def carry(self, name: str, values: Tensor) -> Tensor:
+        """The values (B, ...) that a hook holds a picture: taken over when first asked for, then gathered with the
+        run. A hook that kept them itself would give a gathered run another picture's."""
+        if name not in self.carried:
+            if len(values) != self.pictures:
+                raise InputError(f"{name}: given for {len(values)} pictures, but the run has {self.pictures}")
+            self.carried[name] = values
+        return self.carried[name]
 
     def commit(self, count_B: Tensor) -> None:
         """Keep the first ``count`` provisional rows of every picture, in all branches."""
@@ -221,7 +264,8 @@ class Run:
                        memory=self.memory.gather(self._batch_rows(items)), noise=self.noise.gather(items),
                        condition=self.condition.gather(items),
                        tokens=[t[items] for t in self.tokens], log_probs=[p[items] for p in self.log_probs],
-                       reads=[None if r is None else r[items] for r in self.reads])
+                       reads=[None if r is None else r[items] for r in self.reads],
+                       carried={name: value[items] for name, value in self.carried.items()})
 
     def fork(self, copies: int) -> Run:
         """Every picture ``copies`` times, copies of one picture side by side."""

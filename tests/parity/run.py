@@ -12,10 +12,12 @@ import fnmatch
 import json
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,20 +25,29 @@ from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition
 from nextscale.context import Hook
 from nextscale.errors import NextscaleError
+from nextscale.noise import Keyed, Recorded
+from nextscale.run import At
+from nextscale.sampling.filters import make_filters
+from nextscale.sampling.guidance import make_guidance
 from nextscale.sampling.score import hidden_states
+from nextscale.sampling.steps import sample_steps
 from nextscale.systems.var import VAR, load_published, published_config
 from nextscale.tokenizers import pyramid
+
+LIMIT, PICTURE_LIMIT = 2e-4, 1e-3  # where a golden set names none
 
 
 def fill(golden: dict) -> dict[str, dict[str, Tensor]]:
     """Weights by rule, by module tag: a standard normal from the name's checksum, scaled by fan-in, through float16."""
     filled: dict[str, dict[str, Tensor]] = {}
+    # The weights of a tokenizer are named bare, those of a transformer behind its model's name.
+    prefixes = golden.get("hash_prefix", {"vae": "", "var": "var."})
     buffers = set(golden.get("buffers", ())) - set(golden.get("filled_buffers", ()))
     for full, shape in golden["state_dict"].items():
         if full in buffers:
             continue
         tag, bare = full.split(".", 1)
-        seed = zlib.crc32((golden["hash_prefix"][tag] + bare).encode()) & 0xFFFFFFFF
+        seed = zlib.crc32((prefixes.get(tag, "") + bare).encode()) & 0xFFFFFFFF
         n = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
         if len(shape) >= 2:
             value = n / np.sqrt(np.prod(shape[1:]))
@@ -51,79 +62,192 @@ def fill(golden: dict) -> dict[str, dict[str, Tensor]]:
 
 
 class Checks:
-    """Compares tensors, printing a line for each."""
+    """Compares tensors, printing a line for each; tensors that were not recorded are not compared."""
 
     def __init__(self, golden: dict, recorded: dict[str, Tensor]):
         self.tolerance, self.recorded = golden.get("tolerance", {}), recorded
-        self.failed = 0
+        self.failed = self.done = 0
 
-    def close(self, name: str, ours: Tensor) -> None:
-        wanted = self.recorded[name]
-        limit = self.tolerance.get(name, self.tolerance.get("default", 2e-4))
+    def limit(self, name: str) -> float:
+        """The largest difference allowed: by the tensor's name, a pattern, or a group such as ``features_logits``."""
+        if not isinstance(self.tolerance, dict):
+            return _number(self.tolerance) or PICTURE_LIMIT
+        known = {key: value for key, value in ((k, _number(v)) for k, v in self.tolerance.items()) if value is not None}
+        family = ".".join("k" if part.isdigit() else part for part in name.split("."))
+        for key in (name, family):
+            if key in known:
+                return known[key]
+        for key, value in known.items():
+            if fnmatch.fnmatchcase(name, key) or fnmatch.fnmatchcase(family, key):
+                return value
+        kind = name.split(".")[0].split("_")[-1].rstrip("s")
+        for key, value in known.items():
+            if kind in (word.rstrip("s") for word in key.split("_")):
+                return value
+        return known.get("default", PICTURE_LIMIT if kind in ("image", "reconstruction") else LIMIT)
+
+    def close(self, name: str, make: Callable[[], Tensor]) -> None:
+        if name not in self.recorded:
+            return
+        ours, wanted, limit = make(), self.recorded[name], self.limit(name)
         if ours.shape != wanted.shape:
             return self._say(name, f"shape {tuple(ours.shape)} instead of {tuple(wanted.shape)}", False)
         difference = float((ours.float() - wanted.float()).abs().max())
-        self._say(name, f"max difference {difference:.2e} (at most {float(limit):.0e})", difference <= float(limit))
+        self._say(name, f"max difference {difference:.2e} (at most {limit:.0e})", difference <= limit)
 
-    def tokens(self, name: str, ours: Tensor, margin: Tensor | None = None) -> bool:
-        """Equal; a mismatch is allowed only where ``margin`` says both candidates lie within 1e-3."""
-        wrong = ours.flatten() != self.recorded[name].flatten()
-        excused = wrong & (margin.flatten() < 1e-3) if margin is not None else torch.zeros_like(wrong)
-        ok = not bool((wrong & ~excused).any())
-        self._say(name, f"{int(wrong.sum())} of {wrong.numel()} differ, {int(excused.sum())} of them near-ties", ok)
+    def tokens(self, name: str, ours: Tensor, excused: Tensor) -> bool:
+        """Equal, or excused where both candidates are as good as equal. Returns whether all are equal."""
+        wanted = self.recorded[name]
+        if ours.numel() != wanted.numel():
+            self._say(name, f"{ours.numel()} tokens instead of {wanted.numel()}", False)
+            return False
+        wrong = ours.flatten() != wanted.flatten()
+        ties = wrong & excused.flatten()
+        self._say(name, f"{int(wrong.sum())} of {wrong.numel()} differ, {int(ties.sum())} of them near-ties",
+                  not bool((wrong & ~ties).any()))
         return not bool(wrong.any())
 
     def _say(self, name: str, what: str, ok: bool) -> None:
         self.failed += not ok
+        self.done += 1
         print(f"{'ok  ' if ok else 'MISS'} {name:28s} {what}")
 
 
-class Margins(Hook):
-    """How far the recorded token's guided logit lies below the best one, at every step."""
+def _number(value: object) -> float | None:
+    """A tolerance that is a number, also one in a string; rules in prose are None."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
-    def __init__(self, tokens: list[Tensor]):
-        self.wanted, self.found = tokens, []
 
-    def logits(self, logits: Tensor, at) -> Tensor:
-        chosen = logits.gather(-1, self.wanted[at.step].view(*logits.shape[:2], 1))[..., 0]
-        self.found.append(logits.amax(-1) - chosen)
+class NearTies(Hook):
+    """Whether the recorded token is as good as the drawn one, at every step.
+
+    Without uniform numbers: its guided logit lies within 1e-3 of the best. With them: the uniform number lies within
+    1e-5 of the recorded token's share of the cumulative distribution.
+    """
+
+    def __init__(self, tokens: list[Tensor], filters: tuple = (), uniforms: list[Tensor] | None = None):
+        self.wanted, self.filters, self.uniforms = tokens, filters, uniforms
+        self.found: list[Tensor] = []
+
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        wanted = self.wanted[at.step].view(*logits.shape[:2], 1)
+        if self.uniforms is None:
+            self.found.append((logits.amax(-1) - logits.gather(-1, wanted)[..., 0]) < 1e-3)
+        else:
+            narrowed = logits
+            for narrow in self.filters:
+                narrowed = narrow(narrowed, at)
+            total = narrowed.double().softmax(-1).cumsum(-1)
+            high = total.gather(-1, wanted)[..., 0]
+            low = torch.where(wanted[..., 0] > 0, total.gather(-1, (wanted - 1).clamp_min(0))[..., 0], 0.0)
+            u = self.uniforms[at.step].view(high.shape).double() * total[..., -1]
+            self.found.append((u > low - 1e-5) & (u < high + 1e-5))
         return logits
 
 
+def series(recorded: dict[str, Tensor], names: tuple[str, ...], steps: int) -> tuple[str, list[Tensor]] | None:
+    """The tensors ``name.0`` to ``name.(steps - 1)`` of the first name that is recorded in full."""
+    for name in names:
+        if all(f"{name}.{k}" in recorded for k in range(steps)):
+            return name, [recorded[f"{name}.{k}"] for k in range(steps)]
+    return None
+
+
 def check_var(golden: dict, recorded: dict[str, Tensor]) -> int:
-    """Encoder, tokens, teacher-forcing inputs, reconstruction, teacher-forced logits, sampling."""
-    checks, run = Checks(golden, recorded), golden["run"]
+    """Encoder, tokens, teacher-forcing inputs, reconstruction, teacher-forced logits, greedy and replayed sampling."""
+    checks, run = Checks(golden, recorded), golden.get("run", {})
     torch.manual_seed(0)
-    system = VAR(published_config(golden["constructor"]["vae"], golden["constructor"]["var"])).eval()
+    constructor = golden["constructor"]
+    system = VAR(published_config(constructor["vae"], constructor["var"])).eval()
     weights = fill(golden)
     load_published(system, weights["vae"], weights["var"])
-    steps = len(system.plan)
+    labels = recorded["labels"] if "labels" in recorded else torch.tensor(run.get("labels", [0]))
     with torch.no_grad():
-        image = recorded["image"]
-        checks.close("encoder_features", system.tokenizer.latent(image))
-        found = system.tokenizer.encode(image)
-        for k in range(steps):
-            checks.tokens(f"tokens.{k}", found.tokens[k])
-        given = [recorded[f"tokens.{k}"].long() for k in range(steps)]
-        canvas = Canvas.empty(system.plan, system.tokenizer.quantiser, len(image))
-        replayed = pyramid.replay(given, canvas)
-        checks.close("var_input", torch.cat([r for r in replayed.reads if r is not None], 1))
-        checks.close("reconstruction", system.tokenizer.decode(replayed.canvas))
-        labels = recorded["labels"] if "labels" in recorded else torch.tensor(run["labels"])
-        condition = ClassCondition(system.labels, labels.view(-1, 1))
-        hidden = hidden_states(system, system.plan, replayed.reads, condition, ("conditional",))
-        checks.close("teacher_forced_logits", system.head(hidden))
-        margins = Margins([recorded[f"greedy_tokens.{k}"].long() for k in range(steps)])
-        drawn = system.generate(run["labels"], hooks=[margins], output="torch", progress=False,
-                                guidance_scale=1 + run["cfg"], guidance_schedule="ramp",
-                                top_k=run["top_k"] or None, top_p=run.get("top_p") or None, smooth=False)
-        equal = True
-        for k in range(steps):
+        check_tokenizer(checks, system, recorded)
+        check_teacher_forcing(checks, system, recorded, labels.long().view(-1, 1))
+        check_sampling(checks, system, recorded, run, labels.long().flatten().tolist())
+    if not checks.done:
+        print("MISS nothing was compared: no tensor of this file has a name that is known here")
+    return checks.failed or int(not checks.done)
+
+
+def check_tokenizer(checks: Checks, system: VAR, recorded: dict[str, Tensor]) -> None:
+    """The encoder, and the tokens of every scale given the recorded tokens of the scales before."""
+    tokenizer, steps = system.tokenizer, len(system.plan)
+    if "image" not in recorded:
+        return
+    image = recorded["image"]
+    checks.close("encoder_features", lambda: tokenizer.latent(image))
+    given = series(recorded, ("tokens",), steps)
+    if given is None:
+        return
+    wanted = [t.long().view(len(image), -1) for t in given[1]]
+    codes_VC, ties = tokenizer.quantiser.codebook.weight, []
+
+    def follow(k: int, found: Tensor) -> Tensor:
+        return wanted[k] if wanted[k].shape == found.shape else found
+
+    def compare(k: int, z: Tensor, canvas: Canvas) -> None:
+        z_NC = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        distance_NV = torch.cdist(z_NC, codes_VC).square()
+        chosen = distance_NV.gather(1, wanted[k].reshape(-1, 1))[:, 0]
+        ties.append(chosen - distance_NV.amin(1) < 1e-3)
+
+    canvas = Canvas.empty(system.plan, tokenizer.quantiser, len(image))
+    if any(w.shape[1] != step.rows for w, step in zip(wanted, system.plan, strict=True)):
+        compare = None  # type: ignore[assignment]
+    latent = tokenizer.latent(image)
+    found = pyramid.encode(latent, canvas, lambda k, z: tokenizer.quantiser.nearest(z), follow, compare)
+    for k in range(steps):
+        none = torch.zeros(found.tokens[k].numel(), dtype=torch.bool)
+        checks.tokens(f"tokens.{k}", found.tokens[k], ties[k] if ties else none)
+
+
+def check_teacher_forcing(checks: Checks, system: VAR, recorded: dict[str, Tensor], labels_B1: Tensor) -> None:
+    """Inputs of all scales, reconstruction and logits from the recorded tokens."""
+    given = series(recorded, ("tokens",), len(system.plan))
+    if given is None:
+        return
+    tokens = [t.long().view(len(t), -1) for t in given[1]]
+    canvas = Canvas.empty(system.plan, system.tokenizer.quantiser, len(tokens[0]))
+    replayed = pyramid.replay(tokens, canvas)
+    checks.close("var_input", lambda: torch.cat([r for r in replayed.reads if r is not None], 1))
+    checks.close("reconstruction", lambda: system.tokenizer.decode(replayed.canvas))
+    condition = ClassCondition(system.labels, labels_B1)
+    checks.close("teacher_forced_logits", lambda: system.head(
+        hidden_states(system, system.plan, replayed.reads, condition, ("conditional",))))
+
+
+def check_sampling(checks: Checks, system: VAR, recorded: dict[str, Tensor], run: dict, labels: list[int]) -> None:
+    """Greedy tokens (top_k 1), and drawn ones where their uniform numbers are recorded."""
+    steps = len(system.plan)
+    draw_names = ("sample_uniform", "sample_uniforms", "sampled_uniform", "sampled_uniforms")
+    for kind, names in (("greedy", ("greedy",)), ("sampled", ("sample", "sampled"))):
+        used = {**run, **run.get(kind, {})}
+        wanted = series(recorded, tuple(f"{name}_tokens" for name in names), steps)
+        uniforms = series(recorded, draw_names, steps)
+        if wanted is None or (kind == "sampled" and uniforms is None):
+            continue
+        tokens = [t.long().view(len(labels), -1) for t in wanted[1]]
+        top_k, top_p = (1, None) if kind == "greedy" else (used.get("top_k") or None, used.get("top_p") or None)
+        draws = None if uniforms is None or kind == "greedy" else [u.view(len(labels), -1) for u in uniforms[1]]
+        ties = NearTies(tokens, make_filters(1.0, top_k, top_p), draws)
+        guidance = make_guidance(1 + used.get("cfg", 1.5), "ramp")
+        noise = Keyed.from_seeds(range(len(labels))) if draws is None else Recorded(
+            {("token", k, 0): u for k, u in enumerate(draws)})
+        drawn = system.start(system.label_rows(labels), guidance, noise)
+        for _ in sample_steps(system, drawn, guidance, ties.filters, [ties]):
+            k = drawn.cursor - 1
             # Behind a near-tie that fell the other way the two runs draw different pictures.
-            equal = equal and checks.tokens(f"greedy_tokens.{k}", drawn.tokens[k], margins.found[k])
-        if equal:
-            checks.close("greedy_image", (drawn.images + 1) / 2)
-    return checks.failed
+            if not checks.tokens(f"{wanted[0]}.{k}", drawn.tokens[k], ties.found[k]):
+                break
+        else:
+            picture = (system.tokenizer.decode(drawn.canvas) + 1) / 2
+            for name in names:
+                checks.close(f"{name}_image", lambda picture=picture: picture)
 
 
 CHECKS = {"var": check_var}
@@ -134,12 +258,21 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     path = Path(arguments[0])
-    golden = json.loads(path.read_text())
-    if golden["system"] not in CHECKS:
-        print(f"{path}: no check for system {golden['system']!r} yet; there are {', '.join(CHECKS)}")
+    try:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        system = golden["system"]
+        recorded = load_file(path.with_suffix(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        print(f"{path}: can't be read as a golden set ({type(error).__name__}: {error})")
+        return 2
+    if system not in CHECKS:
+        print(f"{path}: no check for system {system!r} yet; there are {', '.join(CHECKS)}")
         return 2
     try:
-        failed = CHECKS[golden["system"]](golden, load_file(path.with_suffix(".safetensors")))
+        failed = CHECKS[system](golden, recorded)
+    except KeyError as error:
+        print(f"{path}: the golden set lacks the field {error}")
+        return 2
     except NextscaleError as error:
         print(f"MISS {path}: {error}")
         return 1

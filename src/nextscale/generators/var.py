@@ -117,7 +117,7 @@ class VARGenerator(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, plan.length, c))
         self.level = nn.Embedding(len(plan), c)
         self.shared_modulation = Modulation(c, c, 6) if config.shared_modulation else None
-        drops = torch.linspace(0, config.drop_path, config.depth).tolist()
+        drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, drop) for drop in drops)
         self.head_modulation = Modulation(c, c, 2)
 

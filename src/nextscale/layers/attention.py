@@ -28,17 +28,19 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def visibility_mask(sees: Callable[[Tensor, Tensor], Tensor], query_step: Tensor, key_step: Tensor) -> Any:
+def visibility_mask(sees: Callable[[Tensor, Tensor], Tensor], query_step: Tensor, key_step: Tensor,
+                    valid: Tensor | None = None) -> Any:
     """The mask of rows that carry step tags, in the form that the device computes fastest.
 
-    query_step (1|R, L) and key_step (1|R, N) int64; ``sees(query_step, key_step)`` broadcasts. On CUDA, where all
-    rows share their tags, a FlexAttention block mask, which skips the blocks that nothing sees; else booleans
-    (1|R, 1, L, N).
+    query_step (1|R, L) and key_step (1|R, N) int64; ``sees(query_step, key_step)`` broadcasts; valid (R, N): keys
+    that count, None for all. On CUDA, where all rows share their tags, a FlexAttention block mask, which skips the
+    blocks that nothing sees; else booleans (1|R, 1, L, N).
     """
-    if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1:
+    if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1 and valid is None:
         from torch.nn.attention.flex_attention import create_block_mask
 
         query, key = query_step[0], key_step[0]
         return create_block_mask(lambda b, h, i, j: sees(query[i], key[j]), None, None, len(query), len(key),
                                  device=query.device.type)
-    return sees(query_step[:, :, None], key_step[:, None, :])[:, None]
+    mask = sees(query_step[:, :, None], key_step[:, None, :])[:, None]
+    return mask if valid is None else mask & valid[:, None, None, :]

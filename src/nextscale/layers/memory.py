@@ -1,7 +1,7 @@
 """What a run remembers: keys and values, and anything else that has a row, each under a named address.
 
 Row tags (step, cell) live once, in the memory's log. An address keeps tags of its own only after it departs from the
-log: when rows were selected or dropped there. Buffers are allocated once for the whole run.
+log: when rows were selected, skipped or dropped there. Buffers are allocated once for the whole run.
 """
 from __future__ import annotations
 
@@ -45,9 +45,20 @@ class Tags:
         valid = None if self.valid is None else self.valid.expand(r, -1).gather(1, index_RM)
         return Tags(step, cell, valid)
 
+    def first(self, count: int) -> Tags:
+        """The tags of the ``count`` leading rows."""
+        return Tags(self.step[:, :count], self.cell[:, :count], None if self.valid is None else self.valid[:, :count])
+
+    def same_rows(self, other: Tags) -> bool:
+        """Whether these are the tags of the very same rows, known without looking at them."""
+        return self.step is other.step and self.cell is other.cell
+
     def of(self, rows_R: Tensor) -> Tags:
         """Tags of a gathered batch."""
-        return Tags(*(t if t is None or len(t) == 1 else t[rows_R] for t in (self.step, self.cell, self.valid)))
+        def pick(tags: Tensor) -> Tensor:
+            return tags if len(tags) == 1 else tags[rows_R]
+
+        return Tags(pick(self.step), pick(self.cell), None if self.valid is None else pick(self.valid))
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Group:
     """Keys and values of some heads at one address: buffers (R, H, capacity, E), of which ``length`` rows are kept.
 
     ``heads`` are the heads it serves (None: all); ``tags`` are its own once it departed from the log; ``pending`` are
-    the tags of rows that the call under way has written behind ``length``.
+    the tags of rows that the call under way has written behind ``length``, of which the first ``staying`` will stay.
     """
 
     k: Tensor
@@ -64,21 +75,31 @@ class Group:
     heads: Tensor | None = None
     tags: Tags | None = None
     pending: Tags | None = None
+    staying: int = 0
 
-    def append(self, k: Tensor, v: Tensor, tags: Tags) -> None:
-        """Write rows behind those that are kept; whether they stay is settled by ``Memory.settle``."""
-        end = self.length + k.shape[2]
+    def append(self, k: Tensor, v: Tensor, tags: Tags, keep: int) -> None:
+        """Write rows behind those that are there; that the first ``keep`` stay is settled by ``Memory.settle``.
+
+        A call may come in parts, one behind the other; only its last part may hold rows that don't stay.
+        """
+        start = self.rows
+        end = start + k.shape[2]
         if end > self.k.shape[2]:
             self._grow(max(end, 2 * self.k.shape[2]))
-        self.k[:, :, self.length:end] = k
-        self.v[:, :, self.length:end] = v
-        self.pending = tags
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        if self.pending is None:
+            self.pending, self.staying = tags, keep
+            return
+        if keep and self.staying != len(self.pending):
+            raise InputError("memory: rows that stay come behind rows that don't; give a call's parts in their order")
+        self.pending, self.staying = self.pending.joined(tags), self.staying + keep
 
     def _grow(self, capacity: int) -> None:
         for name in ("k", "v"):
             old = getattr(self, name)
             new = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
-            new[:, :, :self.length] = old[:, :, :self.length]
+            new[:, :, :self.rows] = old[:, :, :self.rows]
             setattr(self, name, new)
 
     @property
@@ -93,6 +114,7 @@ class Memory:
 
     capacity: rows each address is given at first (it grows if need be). ``state`` holds tensors (R, ...) that hooks,
     towers and state-space layers keep; ``constants`` what is computed once a run, tensors with a leading R or 1.
+    ragged: some rows were committed for some pictures only, so that every attention needs a mask.
     """
 
     capacity: int
@@ -101,17 +123,29 @@ class Memory:
     state: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
     provisional: Tags | None = None
+    ragged: bool = False
+    _joined: tuple[Tags, Tags, Tags] | None = field(default=None, repr=False, compare=False)
 
-    def append(self, address: str, k: Tensor, v: Tensor, tags: Tags) -> list[Group]:
-        """Write the rows of a call at an address, (R, H, L, E), and return its groups."""
+    def begin(self) -> None:
+        """Before a call: forget what a call that failed, or whose provisional rows were never committed, has left."""
+        self.provisional = None
+        for groups in self.groups.values():
+            for group in groups:
+                group.pending, group.staying = None, 0
+
+    def append(self, address: str, k: Tensor, v: Tensor, tags: Tags, keep: int | None) -> list[Group]:
+        """Write rows of a call at an address, (R, H, L, E), and return its groups.
+
+        keep: leading rows that will stay, None where ``commit`` decides.
+        """
         if address not in self.groups:
             shape = (k.shape[0], k.shape[1], max(self.capacity, k.shape[2]), k.shape[3])
             self.groups[address] = [Group(k.new_empty(shape), v.new_empty((*shape[:3], v.shape[3])))]
         for group in self.groups[address]:
             if group.heads is None:
-                group.append(k, v, tags)
+                group.append(k, v, tags, keep or 0)
             else:
-                group.append(k[:, group.heads], v[:, group.heads], tags)
+                group.append(k[:, group.heads], v[:, group.heads], tags, keep or 0)
         return self.groups[address]
 
     def tags_of(self, group: Group) -> Tags | None:
@@ -119,17 +153,21 @@ class Memory:
         kept = group.tags if group.tags is not None else self.log
         if kept is None or group.length == 0:
             return group.pending
-        return kept if group.pending is None else kept.joined(group.pending)
+        if group.pending is None:
+            return kept
+        if group.tags is not None:
+            return kept.joined(group.pending)
+        # Computed once a call: every address that follows the log asks for the same.
+        if self._joined is None or self._joined[0] is not kept or not self._joined[1].same_rows(group.pending):
+            self._joined = (kept, group.pending, kept.joined(group.pending))
+        return self._joined[2]
 
     def settle(self, keep: int | None, tags: Tags) -> None:
         """End of a call: its ``keep`` leading rows stay in memory; None leaves them provisional until ``commit``."""
         if keep is None:
             self.provisional = tags
             return
-        kept = Tags(tags.step[:, :keep], tags.cell[:, :keep])
-        if keep:
-            self.log = kept if self.log is None else self.log.joined(kept)
-        self._settle_groups(keep, kept)
+        self._settle(tags, tags.first(keep))
 
     def commit(self, count_R: Tensor) -> None:
         """Keep the first ``count`` provisional rows of every row of the batch (R,), drop the rest.
@@ -140,28 +178,44 @@ class Memory:
             raise InputError("commit: no provisional rows are waiting; evaluate a call with keep=None first")
         keep, tags = int(count_R.max()), self.provisional
         valid = torch.arange(keep, device=count_R.device)[None] < count_R[:, None]
-        kept = Tags(tags.step[:, :keep], tags.cell[:, :keep], None if bool(valid.all()) else valid)
-        if keep:
-            self.log = kept if self.log is None else self.log.joined(kept)
+        for address, groups in self.groups.items():
+            if any(group.pending is not None and not group.pending.same_rows(tags) for group in groups):
+                raise InputError(f"commit: the provisional rows at {address} are not those of the call; what selects "
+                                 "or skips rows must let provisional calls pass whole")
+        self.ragged = self.ragged or not bool(valid.all())
+        self._settle(tags, Tags(tags.step[:, :keep], tags.cell[:, :keep], valid if self.ragged else None))
         self.provisional = None
-        self._settle_groups(keep, kept)
 
-    def _settle_groups(self, keep: int, kept: Tags) -> None:
+    def _settle(self, call: Tags, kept: Tags) -> None:
+        """Log the rows of a call that stay. An address follows the log while it holds the same rows, else it departs:
+        it got other rows, none (a block was skipped), or its first ones only now."""
+        logged = 0 if self.log is None else len(self.log)
         for groups in self.groups.values():
             for group in groups:
+                whole = group.pending is not None and group.pending.same_rows(call)
                 if group.pending is None:
-                    continue
-                if group.tags is not None and keep:
-                    group.tags = group.tags.joined(kept)
-                group.length += keep
-                group.pending = None
+                    mine = kept.first(0)
+                else:
+                    mine = kept if whole else group.pending.first(group.staying)
+                if group.tags is not None or not whole or group.length != logged:
+                    old = group.tags if group.tags is not None else self.log if group.length else None
+                    if len(mine) or len(kept):
+                        group.tags = mine if old is None else old.joined(mine)
+                group.length += len(mine)
+                group.pending, group.staying = None, 0
+        if len(kept):
+            self.log = kept if self.log is None else self.log.joined(kept)
 
     def keep_rows(self, address: str, index_RM: Tensor, group: int = 0) -> None:
         """Shrink an address to some of its rows, (R, M) positions among kept and pending ones; in memory, too.
 
-        A policy that shrinks after attention calls this while its rows are pending: they then count as settled.
+        A policy that shrinks after attention calls this while its rows are pending: they then count as settled, so
+        all of them must be rows that stay.
         """
         at = self.groups[address][group]
+        if at.pending is not None and at.staying != len(at.pending):
+            raise InputError(f"memory at {address}: the call under way has rows that don't stay; shrink calls that "
+                             "keep all their rows, or between steps")
         tags = self.tags_of(at)
         assert tags is not None
         index_RHM = index_RM[:, None, :, None]
@@ -169,7 +223,7 @@ class Memory:
             full = getattr(at, name)[:, :, :at.rows]
             chosen = full.gather(2, index_RHM.expand(-1, full.shape[1], -1, full.shape[3]))
             setattr(at, name, chosen)
-        at.tags, at.length, at.pending = tags.selected(index_RM), index_RM.shape[1], None
+        at.tags, at.length, at.pending, at.staying = tags.selected(index_RM), index_RM.shape[1], None, 0
 
     def split_heads(self, address: str, classes: list[list[int]]) -> None:
         """Give classes of heads their own K/V at an address, so that each can be shrunk by itself."""
@@ -192,18 +246,22 @@ class Memory:
                 return tuple(pick(v) for v in value)
             return value[rows_R] if len(value) > int(rows_R.max()) else value  # a leading 1 is shared by all rows
 
+        provisional = None if self.provisional is None else self.provisional.of(rows_R)
+
         def pick_group(group: Group) -> Group:
             if group.pending is not None and self.provisional is None:
                 raise InputError("gather: a call is under way; gather between steps")
+            pending = group.pending
+            if pending is not None and self.provisional is not None:
+                pending = provisional if pending.same_rows(self.provisional) else pending.of(rows_R)
             return replace(group, k=group.k[rows_R], v=group.v[rows_R],
-                           tags=None if group.tags is None else group.tags.of(rows_R),
-                           pending=None if group.pending is None else group.pending.of(rows_R))
+                           tags=None if group.tags is None else group.tags.of(rows_R), pending=pending)
 
         return Memory(self.capacity, None if self.log is None else self.log.of(rows_R),
                       {name: [pick_group(g) for g in groups] for name, groups in self.groups.items()},
                       {name: value[rows_R] for name, value in self.state.items()},
                       {name: pick(value) for name, value in self.constants.items()},
-                      None if self.provisional is None else self.provisional.of(rows_R))
+                      provisional, self.ragged)
 
     def bytes(self) -> int:
         """Bytes of the rows that are kept now (not of the buffers' spare room), and of the states."""

@@ -5,12 +5,14 @@ as in VQGAN (arXiv 2012.09841, eq. 6-7) and VAR (arXiv 2404.02905, eq. 5).
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.errors import MissingExtraError
 from nextscale.tokenizers.multiscale_vq import TrainingOutput
 
 
@@ -29,28 +31,47 @@ class ReconstructionWeights:
     adversarial_warmup: float = 0.1
 
 
-def perceptual_distance(features: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared distance of the channel-normalised feature maps of two pictures, summed over the maps.
+class FeatureDistance(nn.Module):
+    """Perceptual distance in the features of any frozen network: the mean squared distance of channel-normalised maps,
+    summed over the maps (LPIPS without its learned weights, arXiv 1801.03924).
 
-    ``features(picture)`` gives a list of maps (B, C, h, w) of any frozen network (LPIPS without its learned weights,
-    arXiv 1801.03924).
+    ``features(picture)`` gives a list of maps (B, C, h, w) of pictures in [-1, 1].
     """
-    total = x.new_zeros(())
-    with torch.no_grad():
-        wanted = features(x)
-    for a, b in zip(wanted, features(y), strict=True):
-        total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
-    return total
+
+    def __init__(self, features: nn.Module):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        with torch.no_grad():
+            wanted = self.features(x)
+        for a, b in zip(wanted, self.features(y), strict=True):
+            total = total + (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
+        return total
+
+
+def lpips_distance() -> nn.Module:
+    """The published LPIPS with VGG features, where its package and weights are there.
+
+    Raises MissingExtraError without the package.
+    """
+    try:
+        import lpips
+    except ImportError:
+        raise MissingExtraError("lpips", "eval-published", "measure LPIPS") from None
+    distance: nn.Module = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    return distance
 
 
 def reconstruction_loss(picture: Tensor, output: TrainingOutput, weights: ReconstructionWeights,
-                        features: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """All terms but the adversarial one; returns the loss and each term by name. Pictures in [-1, 1]."""
     y = output.reconstruction.float()
     terms = {"l1": (picture - y).abs().mean(), "l2": (picture - y).square().mean(),
              "commitment": output.commitment_loss, "codebook": output.codebook_loss}
-    if features is not None and weights.perceptual:
-        terms["perceptual"] = perceptual_distance(features, picture, y)
+    if perceptual is not None and weights.perceptual:
+        terms["perceptual"] = perceptual(picture, y).mean()
     loss = sum((getattr(weights, name) * value for name, value in terms.items()), picture.new_zeros(()))
     terms["psnr"] = psnr(picture, y.detach().clamp(-1, 1)).mean()
     return loss, terms

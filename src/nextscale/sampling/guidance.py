@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -51,8 +52,8 @@ class ClassifierFree:
     branches: tuple[str, ...] = ("conditional", "unconditional")
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise InputError(f"guidance_scale is {self.scale}; it must be at least 0 (1 is unguided)")
+        if not 0 <= self.scale < math.inf:
+            raise InputError(f"guidance_scale is {self.scale}; it must be at least 0 and finite (1 is unguided)")
         if self.schedule not in SCHEDULES:
             raise InputError(f"guidance_schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
 

@@ -10,18 +10,20 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
                generator: Any = None) -> Any:
     """See ``nextscale.load``."""
     from nextscale.devices import choose_device
-    from nextscale.errors import InputError
-    from nextscale.registry import resolve
+    from nextscale.errors import InputError, did_you_mean
+    from nextscale.registry import import_target, models
     from nextscale.systems import var
 
     target = choose_device(device)
     if Path(name).is_dir():
         system = var.load(Path(name))
     else:
-        make = resolve(name)
-        if not callable(make):
-            raise InputError(f"{name!r} is not a model; `nextscale models` lists them")
-        system = make(name)
+        # The models' table alone: a system's slug is a class without a size, and "module:name" would call anything.
+        known = models()
+        if name not in known:
+            hint = did_you_mean(name, known, "; `nextscale models` lists them")
+            raise InputError(f"no model or folder {name!r}{hint}")
+        system = import_target(known[name])(name)  # type: ignore[operator]
     if tokenizer is not None or generator is not None:
         var.load_published(system, tokenizer, generator)
     return system.to(target).to_precision(precision)

@@ -9,6 +9,7 @@ The input of scale k is the picture so far (the canvas), resized to that scale; 
 """
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -144,7 +145,7 @@ class VAR(nn.Module):
         if label is None:
             return size
         names = self.config.class_names[kind] if kind < len(self.config.class_names) else ()
-        if isinstance(label, str) and not label.lstrip("-").isdigit():
+        if isinstance(label, str) and not re.fullmatch(r"-?[0-9]+", label):
             if label in names:
                 return names.index(label)
             hint = did_you_mean(label, names, f"; use an index from 0 to {size - 1}")
@@ -387,11 +388,26 @@ class _Transformer(nn.Module):
 
 
 def published_config(vae: dict[str, Any], var: dict[str, Any]) -> VARConfig:
-    """The configuration that the published constructors' keyword arguments mean (``VQVAE(...)``, ``VAR(...)``)."""
-    grids = _squares(vae.get("v_patch_nums", PLANS[256]))
+    """The configuration that the published constructors' keyword arguments mean (``VQVAE(...)``, ``VAR(...)``).
+
+    Raises InputError on values that no published checkpoint has and that this library does not build.
+    """
+    for given, name, only in ((vae, "quant_conv_ks", 3), (var, "norm_eps", 1e-6)):
+        if given.get(name, only) != only:
+            raise InputError(f"{name}={given[name]} is not built here; published weights have {only}")
+    phi_ratio = abs(vae.get("quant_resi", 0.5))
+    if phi_ratio <= 1e-6:
+        raise InputError("quant_resi=0, a tokenizer without phi, is not built here; published weights have 0.5")
+    phi_count = vae.get("share_quant_resi", 4)
+    if phi_count == 0:  # one phi a scale, unless their number is given
+        phi_count = vae.get("default_qresi_counts", 0)
+    grids = _squares(vae.get("v_patch_nums") or var.get("patch_nums") or PLANS[256])
+    if "patch_nums" in var and _squares(var["patch_nums"]) != grids:
+        raise InputError(f"patch_nums {tuple(var['patch_nums'])} of the transformer and v_patch_nums "
+                         f"{tuple(h for h, _ in grids)} of the tokenizer must be the same")
     tokenizer = MultiScaleVQConfig(
         AutoencoderConfig(width=vae.get("ch", 128), latent_width=vae.get("z_channels", 32)), grids,
-        vocabulary=vae.get("vocab_size", 4096), phi_count=vae.get("share_quant_resi", 4), phi_ratio=vae.get("quant_resi", 0.5),
+        vocabulary=vae.get("vocab_size", 4096), phi_count=phi_count, phi_ratio=phi_ratio,
         cosine=vae.get("using_znorm", False), commitment=vae.get("beta", 0.25))
     generator = VARGeneratorConfig(
         depth=var.get("depth", 16), width=var.get("embed_dim", 1024), heads=var.get("num_heads", 16),
@@ -414,7 +430,12 @@ def load(folder: Path, precision: str = "fp32") -> VAR:
     """A VAR that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
     config = hub.read_json(folder / "config.json")
     config.pop("system", None)
-    system = VAR(build(VARConfig, config, str(folder / "config.json"))).eval()
+    built = build(VARConfig, config, str(folder / "config.json"))
+    try:
+        system = VAR(built).eval()
+    except Exception as error:  # sizes that cannot be, which every layer refuses in a way of its own
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{folder / 'config.json'} doesn't describe a model ({reason})") from None
     for name, module in (("tokenizer", system.tokenizer), ("generator", _Transformer(system))):
         path = folder / f"{name}.safetensors"
         tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}

@@ -43,13 +43,16 @@ class TokenizerRecipe:
 class TokenizerTask:
     """Trains a :class:`MultiScaleVQ`; with an adversarial weight, a patch discriminator beside it.
 
-    features: frozen module whose feature maps measure the perceptual distance; held_out: pictures (N, 3, S, S') that
-    sample sheets reconstruct, each beside its original.
+    perceptual: frozen module that measures a distance of two pictures; held_out: pictures (N, 3, S, S') that sample
+    sheets reconstruct, each beside its original.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, features: nn.Module | None = None, held_out: Tensor | None = None):
-        self.recipe, self.features, self.held_out = recipe, features, held_out
-        self.tokenizer = MultiScaleVQ(recipe.model).to(memory_format=torch.channels_last)
+    def __init__(self, recipe: TokenizerRecipe, perceptual: nn.Module | None = None, held_out: Tensor | None = None):
+        self.recipe, self.perceptual, self.held_out = recipe, perceptual, held_out
+        self.tokenizer = MultiScaleVQ(recipe.model)
+        self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if perceptual is not None:
+            perceptual.eval().requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"tokenizer": self.tokenizer}
         self.phases: tuple[str, ...] = ("main",)
         if recipe.weights.adversarial:
@@ -75,7 +78,7 @@ class TokenizerTask:
         picture, weights = batch["picture"], self.recipe.weights
         output = self.tokenizer(picture.contiguous(memory_format=torch.channels_last))
         self._residuals_NC = output.residuals_NC
-        loss, terms = reconstruction_loss(picture, output, weights, self.features)
+        loss, terms = reconstruction_loss(picture, output, weights, self.perceptual)
         weight = adversarial_weight(weights, at.progress)
         if weight:
             adversarial = -self.discriminator(output.reconstruction).mean()
@@ -104,16 +107,16 @@ class TokenizerTask:
         perplexity = torch.exp(-(share_V * share_V.clamp_min(1e-12).log()).sum())
         return {"revived": float(revived), "perplexity": perplexity, "usage_last": quantiser.usage()[-1]}
 
-    def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> None:
+    def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         if self.held_out is None:
-            return
+            return None
         tokenizer = averaged["tokenizer"].eval()
         assert isinstance(tokenizer, MultiScaleVQ)
         x = self.held_out.to(next(tokenizer.parameters()).device)
         y = reconstruct(tokenizer, x)
-        print(f"step {at.step}: held-out reconstruction {psnr(x, y).mean():.2f} dB over {len(x)} pictures")
         both = torch.stack([x[:64], y[:64]], 1).flatten(0, 1)
         save_image(sheet(both, columns=16), out / f"reconstruction-{at.step:08d}.png")
+        return {"held_out/psnr": float(psnr(x, y).mean())}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
         return {}

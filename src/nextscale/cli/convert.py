@@ -1,0 +1,56 @@
+"""``nextscale convert``: published weights to a folder of safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nextscale.cli import options
+from nextscale.errors import DataError, InputError, WeightsError, did_you_mean
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="The published size: var-d16, var-d20, var-d24, var-d30, var-d36-s.")],
+    weights: Annotated[str, typer.Option("--weights", help="Published transformer: a file, or owner/name/file.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", help="Published tokenizer: a file, or owner/name/file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
+    dtype: Annotated[
+        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
+    ] = options.Precision.fp32,
+) -> None:
+    """Turn published .pth files into a folder of safetensors that --model and nextscale.load read.
+
+    \b
+    Examples:
+      nextscale convert var-d16 --tokenizer vae_ch160v4096z32.pth --weights var_d16.pth --out var-d16/
+      nextscale generate --model var-d16/ --label 207 --out out/retriever.png
+    """
+    import torch
+
+    from nextscale import hub
+    from nextscale.data.pictures_out import check_writable, writing_folder
+    from nextscale.registry import import_target, models
+    from nextscale.systems import var
+
+    published = [name for name in models() if options.needs_weights(name)]
+    if model not in published:
+        hint = did_you_mean(model, published)
+        raise InputError(f"{model!r} is not a published size{hint}; there are {', '.join(published)}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there already and not an empty folder; choose another")
+    check_writable(out, folder=True)
+    # Damaged files are told before a large model is built.
+    tensors = [hub.read_tensors(where) for where in (tokenizer, weights)]
+    system = import_target(models()[model])(model)  # type: ignore[operator]
+    for part, file, found in zip(("tokenizer", "generator"), (tokenizer, weights), tensors, strict=True):
+        try:
+            var.load_published(system, **{part: found})
+        except WeightsError as error:
+            raise WeightsError(f"{file}, read as {model}'s {part}: {error}") from None
+    with writing_folder(out) as temporary:
+        var.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    typer.echo(f"{out}: {model} in {dtype.value}, {size:,.0f} MB")
+

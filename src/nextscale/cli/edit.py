@@ -1,0 +1,155 @@
+"""``nextscale edit``: redraw a region of a picture, or draw around it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nextscale.cli import options
+from nextscale.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def edit(
+    picture: Annotated[Path, typer.Option("--picture", help="The picture to edit.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("out/edited.png"),
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="A picture of the same size; white is drawn anew.")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option("--box", help="Pixels to draw anew: left,top,right,bottom (the last two not in).")
+    ] = None,
+    outpaint: Annotated[
+        float | None,
+        typer.Option("--outpaint", help="Shrink the picture to about this share of the side; draw the border around."),
+    ] = None,
+    label: options.Labels = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
+    model: options.Model = "emoji-64",
+    resize: options.Resize = False,
+    seed: options.Seed = 0,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_schedule: options.Schedule = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    smooth: options.Smooth = None,
+    precision: options.PrecisionOption = options.Precision.fp32,
+    device: options.Device = "auto",
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+) -> None:
+    """Draw a region of a picture anew, or the world around it, without any training.
+
+    Say where with one of --mask, --box and --outpaint, and what with --label. Cells of the latent that the region
+    does not touch keep their codes, so there the result is the tokenizer's reconstruction of the picture.
+
+    \b
+    Examples:
+      nextscale edit --picture cat.png --box 32,0,64,64 --label animal-mammal/noto --out out/half.png
+      nextscale edit --picture cat.png --mask hat.png --count 4 --out out/hats.png
+      nextscale edit --picture cat.png --outpaint 0.5 --out out/around.png
+    """
+    import torch
+
+    from nextscale.data import pictures_out
+    from nextscale.data.images import open_image, to_tensor
+    from nextscale.data.sheets import board
+
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{out}: edit writes a PNG; end in .png")
+    if sum(given is not None for given in (mask, box, outpaint)) != 1:
+        raise InputError("say what to draw anew with exactly one of --mask, --box and --outpaint")
+    if label and len(label) > 1:
+        raise InputError(f"--label was given {len(label)} times; edit takes one")
+    if outpaint is not None and not 0 < outpaint < 1:
+        raise InputError(f"--outpaint is {outpaint}; it must lie between 0 and 1, the share of the side to shrink to")
+    pictures_out.check_writable(out)
+    image = open_image(picture)
+    region = _region(image, mask, box)
+    system = options.open_model(model, precision, device, weights, tokenizer_weights)
+    size = system.tokenizer.picture_size
+    image = options.fit_picture(image, str(picture), size, resize)
+    if region is None:
+        assert outpaint is not None
+        image, region = surround(image, outpaint, system.plan.grid)
+    region = options.fit_picture(region, "the mask", size, resize)
+    redraw = to_tensor(region.convert("RGB"))[0] > 0
+    if not redraw.any():
+        raise InputError("nothing to draw anew: the mask has no white pixel, or the box lies outside what is kept")
+    what = options.read_label(label[0], system) if label else None
+    drawn = system.edit(
+        torch.stack([to_tensor(image)] * count),
+        torch.stack([redraw] * count),
+        [what] * count,
+        seed=seed,
+        output="numpy",
+        **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+    )
+    from PIL import Image
+
+    settings = {"edited": picture.name, "box": box, "mask": mask and mask.name, "outpaint": outpaint}
+    settings |= {"precision": precision.value, **asdict(drawn.settings)}
+    about = options.provenance(model, settings, drawn.labels, drawn.seeds)
+    columns = min(count, 8)
+    result = Image.fromarray(drawn.images[0]) if count == 1 else board(drawn.images, columns)
+    pictures_out.write_png(result, out, about)
+    typer.echo(f"{out}: {count} of {picture.name} in {drawn.seconds:.1f} s")
+
+
+def _region(image: Image.Image, mask: Path | None, box: str | None) -> Image.Image | None:
+    """The region to draw anew in white, of the picture's own size; None where neither was given."""
+    from PIL import Image
+
+    from nextscale.data.images import open_image
+
+    if mask is not None:
+        region = open_image(mask).convert("L")
+        if region.size != image.size:
+            raise InputError(
+                f"{mask} is {region.width}x{region.height} pixels, the picture {image.width}x{image.height}; "
+                "a mask must be of the picture's size"
+            )
+        return region
+    if box is None:
+        return None
+    numbers = options.read_numbers(box, "--box")
+    if len(numbers) != 4:
+        raise InputError(f"--box is {box!r}; give four numbers: left,top,right,bottom")
+    left, top, right, bottom = numbers
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise InputError(f"--box {box} does not lie inside the picture, which is {image.width}x{image.height} pixels")
+    region = Image.new("L", image.size, 0)
+    region.paste(255, (left, top, right, bottom))
+    return region
+
+
+def surround(image: Image.Image, share: float, grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """The picture shrunk into the middle of a white frame of its size, and the border in white.
+
+    The inner side is snapped to whole cells of the latent (as many left as right), since a cell that the border
+    touches is drawn anew.
+
+    Args:
+        image: of the model's size.
+        share: of the side that the picture keeps, in (0, 1).
+        grid: height and width of the latent.
+    """
+    from PIL import Image
+
+    inner, offset = [], []
+    for side, cells in zip((image.height, image.width), grid, strict=True):
+        border = min(max(round(cells * (1 - share) / 2), 1), (cells - 1) // 2)
+        offset.append(side // cells * border)
+        inner.append(side - 2 * offset[-1])
+    small = image.resize((inner[1], inner[0]), Image.Resampling.LANCZOS)
+    frame = Image.new("RGB", image.size, (255, 255, 255))
+    region = Image.new("L", image.size, 255)
+    frame.paste(small, (offset[1], offset[0]))
+    region.paste(0, (offset[1], offset[0], offset[1] + inner[1], offset[0] + inner[0]))
+    return frame, region

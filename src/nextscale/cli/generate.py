@@ -1,0 +1,167 @@
+"""``nextscale generate``: draw pictures."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextscale.cli import options
+from nextscale.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nextscale.run import Run
+
+#: What a sheet without --label shows, where the model knows these classes: one column each, one row a style.
+SHOWN_CLASSES = (
+    "face-smiling",
+    "heart-emotion",
+    "animal-mammal",
+    "animal-bird",
+    "plant",
+    "food-fruit-vegetable",
+    "drink-dishware",
+    "place-building",
+    "transport-ground",
+    "clothing",
+    "sport",
+    "flag",
+)
+RANDOM_PICTURES = 16
+
+
+def generate(
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="x.png: a sheet; a folder: single PNGs and a sheet; x.gif, x.webp: animation; x.npz: for FID."
+        ),
+    ] = Path("out/sample.png"),
+    model: options.Model = "emoji-64",
+    label: options.Labels = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Pictures of each label.", show_default="1, or one a seed")
+    ] = None,
+    columns: Annotated[
+        int | None, typer.Option("--columns", min=1, help="Columns of the sheet.", show_default="by itself")
+    ] = None,
+    seed: options.Seed = 0,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="One seed a picture, with commas between, instead of --seed.")
+    ] = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_schedule: options.Schedule = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    smooth: options.Smooth = None,
+    purpose: options.PurposeOption = options.Purpose.pictures,
+    precision: options.PrecisionOption = options.Precision.fp32,
+    device: options.Device = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+) -> None:
+    """Draw pictures, coarse to fine.
+
+    Without --label: a sheet of many classes in every style where the model has these, else classes drawn by the
+    seed. Settings, seeds and labels go into the file; `nextscale data settings FILE` prints them.
+
+    \b
+    Examples:
+      nextscale generate --model emoji-64 --out out/sample.png
+      nextscale generate --label animal-mammal/noto --label plant/twemoji --count 8 --out out/two.png
+      nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
+    """
+    from nextscale.data import pictures_out
+    from nextscale.data.sheets import board
+
+    kind = pictures_out.out_kind(out)
+    pictures_out.check_writable(out, folder=kind == "folder")
+    given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
+    system = options.open_model(model, precision, device, weights, tokenizer_weights)
+    labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
+    frames: list[list[np.ndarray]] = [[] for _ in system.plan]
+
+    def keep_preview(step: int, run: Run) -> None:
+        from nextscale.sampling.generation import convert
+
+        frames[step].append(convert(system.tokenizer.decode(run.canvas), "numpy"))
+
+    drawn = system.generate(
+        labels,
+        seed=seed,
+        seeds=given_seeds,
+        purpose=purpose.value,
+        batch_size=batch_size,
+        output="numpy",
+        callback=keep_preview if kind == "animation" else None,
+        **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+    )
+    settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
+    about = options.provenance(model, settings, drawn.labels, drawn.seeds)
+    wide = min(columns or wide, len(labels))
+    if kind == "sheet":
+        pictures_out.write_png(board(drawn.images, wide), out, about)
+    elif kind == "npz":
+        pictures_out.write_npz(drawn.images, out, about)
+    elif kind == "animation":
+        import numpy as np
+
+        pictures_out.write_animation([np.concatenate(parts) for parts in frames], out, wide, about)
+    else:
+        single = [
+            options.provenance(model, settings, [name], [number])
+            for name, number in zip(drawn.labels, drawn.seeds, strict=True)
+        ]
+        pictures_out.write_folder(drawn.images, out, [_title(name) for name in drawn.labels], single, about, wide)
+    typer.echo(f"{out}: {len(labels)} pictures in {drawn.seconds:.1f} s")
+
+
+def choose_labels(
+    system: Any, given: list[str], count: int | None, seeds: list[int] | None, seed: int
+) -> tuple[list[Any], int]:
+    """A label for every picture, and how many columns suit them.
+
+    Raises:
+        InputError: unknown labels, or seeds that the labels do not divide.
+    """
+    if given:
+        labels = [options.read_label(text, system) for text in given]
+        if count is None and seeds is not None:
+            if len(seeds) % len(labels):
+                raise InputError(f"--seeds: {len(seeds)} seeds do not go evenly into {len(labels)} labels")
+            count = len(seeds) // len(labels)
+        each = count or 1
+        repeated = [one for one in labels for _ in range(each)]
+        return repeated, each if len(labels) > 1 and each > 1 else _square(len(repeated))
+    if count is None and seeds is None:
+        shown = _show(system)
+        if shown:
+            return shown
+    number = count or (len(seeds) if seeds is not None else RANDOM_PICTURES)
+    draw = random.Random(seed)
+    return [tuple(draw.randrange(size) for size in system.config.classes) for _ in range(number)], _square(number)
+
+
+def _show(system: Any) -> tuple[list[Any], int] | None:
+    names = system.config.class_names
+    shown = [name for name in SHOWN_CLASSES if names and name in names[0]]
+    if len(names) != 2 or not shown:
+        return None
+    return [(name, style) for style in names[1] for name in shown], len(shown)
+
+
+def _square(number: int) -> int:
+    return min(math.ceil(math.sqrt(number)), 16)
+
+
+def _title(label: Any) -> str:
+    parts = label if isinstance(label, tuple) else (label,)
+    return "-".join(str(part) for part in parts if part is not None)

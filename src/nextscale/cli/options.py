@@ -1,0 +1,185 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextscale.errors import InputError, WeightsError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class GuidanceSchedule(str, Enum):
+    """How guidance grows over the steps."""
+
+    ramp = "ramp"
+    constant = "constant"
+
+
+class Purpose(str, Enum):
+    """Which of the model's published settings to start from."""
+
+    pictures = "pictures"
+    fid = "fid"
+
+
+class Precision(str, Enum):
+    """In which number format the weights are held."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Model = Annotated[str, typer.Option("--model", help="A name that `nextscale models` lists, or a model's folder.")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        help="What to draw: a class name or index, or one of each kind of label as class/style. May be repeated.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
+GuidanceScale = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Strength of the label; 1 is none.", show_default="the model's")
+]
+Schedule = Annotated[
+    GuidanceSchedule | None,
+    typer.Option("--guidance-schedule", help="Growing over the steps, or the same.", show_default="the model's"),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="Below 1 safer, above 1 wilder.", show_default="the model's")
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Likeliest codes to choose among; 0 for all.", show_default="the model's")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Share of the probability to choose among, in (0, 1].", show_default="the model's"),
+]
+Smooth = Annotated[
+    bool | None,
+    typer.Option(
+        "--smooth/--no-smooth", help="VAR's smooth mode: prettier, less varied.", show_default="the model's"
+    ),
+]
+PurposeOption = Annotated[Purpose, typer.Option("--purpose", help="Which published settings to start from.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="bf16 is faster where the machine has it.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="Published transformer for a var-d model: a file, or owner/name/file of the hub."),
+]
+TokenizerWeights = Annotated[
+    str | None, typer.Option("--tokenizer-weights", help="The published tokenizer that goes with it.")
+]
+Resize = Annotated[bool, typer.Option("--resize", help="Fit pictures to the model's size (cut to its shape).")]
+
+
+def open_model(
+    name: str,
+    precision: Precision = Precision.fp32,
+    device: str = "auto",
+    weights: str | None = None,
+    tokenizer_weights: str | None = None,
+) -> Any:
+    """The model to work with; published sizes, which come without weights, must be given both files.
+
+    Raises:
+        NextscaleError: unknown name, weights missing or not fitting, device absent.
+    """
+    import nextscale
+    from nextscale import hub
+    from nextscale.devices import choose_device
+
+    choose_device(device)
+    if needs_weights(name) and not (weights and tokenizer_weights):
+        raise WeightsError(
+            f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
+            "`nextscale convert` wrote as --model"
+        )
+    # A wrong path is told before a large model is built.
+    files = [where and str(hub.find_weights(where)) for where in (tokenizer_weights, weights)]
+    return nextscale.load(name, precision=precision.value, device=device, tokenizer=files[0], generator=files[1])
+
+
+def needs_weights(name: str) -> bool:
+    """Whether a name stands for a published size, built with random weights until some are loaded."""
+    from nextscale.registry import models
+
+    return not Path(name).is_dir() and models().get(name, "").endswith(":preset")
+
+
+def sampling_changes(
+    guidance_scale: float | None,
+    guidance_schedule: GuidanceSchedule | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    smooth: bool | None,
+) -> dict[str, Any]:
+    """The settings that were given, by their names in the library."""
+    given = {
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule and guidance_schedule.value,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "smooth": smooth,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def read_label(text: str, system: Any) -> Any:
+    """A label as the model takes it: ``class`` or ``class/style``, each a name or an index; ``none`` or nothing
+    leaves a kind open.
+
+    Raises:
+        InputError: unknown names (the nearest is suggested), too many parts.
+    """
+    kinds = system.config.class_names
+    parts = [text] if len(system.config.classes) == 1 or (kinds and text in kinds[0]) else text.split("/")
+    found = tuple(None if part in ("", "none") else part for part in map(str.strip, parts))
+    system.label_rows([found])
+    return found
+
+
+def read_numbers(text: str, name: str) -> list[int]:
+    """Integers with commas between. Raises InputError for others."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; give whole numbers with commas between, as in 1,2,3") from None
+
+
+def fit_picture(image: Image.Image, name: str, size: tuple[int, int], resize: bool) -> Image.Image:
+    """A picture of the model's size (height, width).
+
+    Raises:
+        InputError: it has another size, and ``resize`` does not allow to fit it.
+    """
+    from nextscale.data.images import resize_crop
+
+    height, width = size
+    if image.size == (width, height):
+        return image
+    if not resize:
+        raise InputError(
+            f"{name} is {image.width}x{image.height} pixels, this model takes {width}x{height}; add --resize to fit it"
+        )
+    return resize_crop(image, size)
+
+
+def provenance(model: str, settings: dict[str, Any], labels: Sequence[Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """What is needed to draw pictures again, for their metadata."""
+    from nextscale import __version__
+
+    # Of a folder its name alone: where it lay is nobody's business.
+    name = Path(model).name if Path(model).is_dir() else model
+    return {"version": __version__, "model": name, **settings, "labels": list(labels), "seeds": list(seeds)}

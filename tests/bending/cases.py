@@ -1,0 +1,197 @@
+"""Tiny systems with large random weights, and the cases that the invariants run over: every double, and pairs."""
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from doubles import CommitAfterClean, ControlTower, HeadBudgets, LayerBudgets, MaskedRounds, PrunedResiduals
+from torch import Tensor
+
+from nextscale.conditions.class_label import ClassCondition, ClassTable
+from nextscale.context import Hook
+from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig
+from nextscale.heads.categorical import CategoricalHead
+from nextscale.noise import Keyed
+from nextscale.plan import PREVIOUS_ONLY, Plan
+from nextscale.run import Run
+from nextscale.sampling.editing import ForcedTokens
+from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided
+from nextscale.sampling.steps import sample_steps
+from nextscale.tokenizers.autoencoder import AutoencoderConfig
+from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+
+SCALES = ((1, 1), (2, 2), (3, 3), (4, 4))
+CLASSES, VOCABULARY = (5, 3), 24
+BODY = VARGeneratorConfig(depth=2, width=32, heads=4)
+SEEDS, LABELS = (11, 12, 13), ((0, 2), (3, 0), (4, 1))
+AUTOENCODER = AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle")
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Weights so large that every row, layer and head changes the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if "scale_1H11" not in name:
+            parameter.data.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
+
+
+@functools.lru_cache
+def model(grids: tuple[tuple[int, int], ...] = SCALES, maps: int = 1, seed: int = 0) -> Any:
+    """A VAR; two maps make it a joint model of a control map and a picture (ControlVAR, arXiv 2406.09750)."""
+    plan = Plan.scales(grids, maps=maps)
+    tokenizer = MultiScaleVQ(MultiScaleVQConfig(AUTOENCODER, grids, VOCABULARY, phi_count=2)).eval()
+    body, head = VARGenerator(BODY, plan, 8).eval(), CategoricalHead(BODY.width, VOCABULARY)
+    labels = ClassTable(CLASSES, BODY.width)
+    randomise(tokenizer.quantiser, 1)  # the same codes for every seed: systems that hand over share their tokenizer
+    for i, part in enumerate((body, head, labels)):
+        randomise(part, 10 * seed + i + 2)
+        part.requires_grad_(False)
+    tokenizer.requires_grad_(False)
+    return SimpleNamespace(plan=plan, tokenizer=tokenizer, generator=body, head=head, labels=labels)
+
+
+@functools.lru_cache
+def tower_block() -> Block:
+    block = Block(BODY, 0.0).eval()
+    randomise(block, 77)
+    return block.requires_grad_(False)
+
+
+def pruned(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    return PrunedResiduals(1.0 if neutral else 0.5)
+
+
+def layers(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    return LayerBudgets({} if neutral else {"base.0.kv": 3, "base.1.kv": 8, "tower.base.1.kv": 5})
+
+
+def heads(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    return HeadBudgets([[0, 2], [1, 3]], [99, 99] if neutral else [2, 9])
+
+
+def tower(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    control = torch.randn(len(SEEDS), len(plan), BODY.width, generator=torch.Generator().manual_seed(5))
+    return ControlTower({"base.1": tower_block()}, control[list(items)], 0.0 if neutral else 1.0)
+
+
+def forced(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    """One map of a joint model is given, or the first rows of a picture's steps."""
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(VOCABULARY, (len(SEEDS), plan.length), generator=generator)
+    keep = torch.rand(len(SEEDS), plan.length, generator=generator) < 0.5
+    if plan.steps[0].maps == 2:
+        keep = (plan.cells[:, 0] == 0).expand(len(SEEDS), -1)
+    sizes = [step.rows for step in plan]
+    given, kept = tokens[list(items)].split(sizes, 1), keep[list(items)].split(sizes, 1)
+    return ForcedTokens(given, [torch.zeros_like(k) if neutral else k for k in kept])
+
+
+HOOKS: dict[str, Callable[[bool, Plan, Sequence[int]], Hook]] = {
+    "pruned": pruned, "layers": layers, "heads": heads, "tower": tower, "forced": forced}
+HEADS: dict[str, Callable[[Any, bool], Any]] = {
+    "plain": lambda m, neutral: m.head,
+    "clean": lambda m, neutral: CommitAfterClean(m.head, 1, 0.0) if neutral else CommitAfterClean(m.head),
+    "rounds": lambda m, neutral: MaskedRounds(m.head, m.generator, 1 if neutral else 3)}
+GUIDANCE: dict[str, Any] = {
+    "none": Unguided(), "two": ClassifierFree(2.0),
+    "three": Nested(("conditional", "without_1", "unconditional"), (1.0, 0.5))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Hooks (first is innermost), a head, a guidance, a visibility and the number of maps: one way to sample."""
+
+    hooks: tuple[str, ...] = ()
+    head: str = "plain"
+    guidance: str = "two"
+    maps: int = 1
+    previous_only: bool = False
+    neutral: bool = False
+
+    def __str__(self) -> str:
+        parts = [*self.hooks, *(p for p in (self.head, self.guidance) if p not in ("plain", "two"))]
+        parts += ["joint"] * (self.maps == 2) + ["previous_only"] * self.previous_only
+        return "+".join(parts) or "nothing"
+
+    @property
+    def model(self) -> Any:
+        return model(maps=self.maps)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return GUIDANCE[self.guidance].branches
+
+    def make_hooks(self, items: Sequence[int] = range(len(SEEDS))) -> list[Hook]:
+        """The hooks, for a run of the pictures ``items``."""
+        return [HOOKS[name](self.neutral, self.model.plan, items) for name in self.hooks]
+
+    def condition(self, items: Sequence[int] = range(len(SEEDS))) -> ClassCondition:
+        return ClassCondition(self.model.labels, torch.tensor(LABELS)[list(items)])
+
+    def start(self, items: Sequence[int] = range(len(SEEDS))) -> Run:
+        plan = replace(self.model.plan, visible=PREVIOUS_ONLY) if self.previous_only else self.model.plan
+        noise = Keyed.from_seeds([SEEDS[i] for i in items])
+        return Run.start(plan, self.model.tokenizer.quantiser, self.condition(items), self.branches, noise, len(items))
+
+    def go(self, run: Run, until: int | None = None, hooks: Sequence[Hook] | None = None) -> Run:
+        """Sample on, up to a step, with every promise of the seams checked on the way."""
+        parts = SimpleNamespace(generator=self.model.generator, head=HEADS[self.head](self.model, self.neutral))
+        for _ in sample_steps(parts, run, GUIDANCE[self.guidance], (), self.make_hooks() if hooks is None else hooks,
+                              until=until, check=True):
+            pass
+        return run
+
+
+SINGLE = [Case((name,)) for name in HOOKS]
+PAIRS = [Case(pair) for pair in itertools.combinations(HOOKS, 2)]
+REVERSED = [Case(("layers", "pruned")), Case(("heads", "layers")), Case(("tower", "pruned"))]
+WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in HOOKS))]
+OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
+          *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),
+          *(Case(hooks, previous_only=True) for hooks in ((), ("pruned",), ("layers",), ("heads", "tower"))),
+          Case(("layers",), "clean", previous_only=True)]
+CASES = [Case(), *SINGLE, *PAIRS, *REVERSED, *WITH_HEADS, *OTHERS]
+
+
+@functools.cache
+def finished(case: Case) -> Run:
+    """The case's run to the end; not to be gone on with."""
+    return case.go(case.start())
+
+
+def same_tokens(one: Run, other: Run) -> None:
+    """Equal tokens, and log-probabilities within 1e-4."""
+    assert len(one.tokens) == len(other.tokens)
+    for k, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)):
+        assert torch.equal(a, b), f"tokens of step {k} differ"
+    difference = max(float((a - b).abs().max()) for a, b in zip(one.log_probs, other.log_probs, strict=True))
+    assert difference < 1e-4, f"log-probabilities differ by {difference}"
+
+
+def bits(run: Run) -> dict[str, Tensor]:
+    """Copies of everything a run holds."""
+    memory, noise = run.memory, run.noise
+    found = {"canvas": run.canvas.value, "key": noise.key_B2, "forks": noise.forks_B, **run.carried,
+             **{f"state.{name}": value for name, value in memory.state.items()}}
+    for name, values in (("tokens", run.tokens), ("log_probs", run.log_probs), ("reads", run.reads)):
+        found.update({f"{name}.{k}": value for k, value in enumerate(values) if value is not None})
+    for address, groups in memory.groups.items():
+        for i, group in enumerate(groups):
+            tags, n = memory.tags_of(group), group.length
+            found.update({f"{address}.{i}.k": group.k[:, :, :n], f"{address}.{i}.v": group.v[:, :, :n],
+                          f"{address}.{i}.step": tags.step, f"{address}.{i}.cell": tags.cell})
+    for name, value in memory.constants.items():
+        for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            found[f"constant.{name}.{i}"] = part
+    return {name: value.clone() for name, value in found.items()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), f"{name} is not the same bit for bit"
