@@ -2,7 +2,7 @@
 
     python experiments/emoji_64_report.py                     # all of it, some minutes of one CPU core
     python experiments/emoji_64_report.py --count 5 --out /tmp/report    # a quick look
-    python experiments/emoji_64_report.py --sweep --count 5   # agreement and copies for a few sampling settings
+    python experiments/emoji_64_report.py --sweep             # agreement and copies for a few sampling settings
 
 Writes figures.json and the sheets into docs/emoji-64/.
 """
@@ -41,6 +41,12 @@ from nextscale.evaluation.reconstruction import (
 
 ROOT = Path(__file__).resolve().parents[1]
 NEIGHBOURS = 3  # k of recall and coverage
+SHEET_BYTES = 400_000
+
+#: guidance scale, temperature, top-k, top-p
+SWEEP: tuple[tuple[float, float, int | None, float | None], ...] = (
+    (1.0, 1.0, None, None), (1.5, 1.0, None, None), (2.0, 1.0, None, None), (3.0, 1.0, None, None),
+    (2.0, 0.85, None, None), (3.0, 0.85, None, None), (2.0, 1.0, 600, 0.95), (3.0, 1.0, 600, 0.95))
 
 
 class Report:
@@ -49,7 +55,7 @@ class Report:
     def __init__(self, options: argparse.Namespace):
         self.options, self.out = options, Path(options.out)
         self.figures: dict[str, Any] = {"seconds": {}}
-        self.system = nextscale.load(options.model, device=options.device)
+        self.system = nextscale.load(options.model, device=options.device, precision=options.precision)
         self.judge = load_classifier("emoji-judge")
         self.train = whole_set(open_dataset("emoji", 64, "train"))
         self.held_out = whole_set(open_dataset("emoji", 64, "concept-test"))
@@ -96,8 +102,7 @@ class Report:
         self.figures["reconstruction"] = {
             "pictures": len(held),
             "psnr": {name: summary(ratio) for name, ratio in ratios.items()},
-            "psnr_of_mean_error": {
-                "tokens": _decibel((held.pictures - found.pictures).square().mean())},
+            "psnr_of_mean_error": float(10 * torch.log10(4 / (held.pictures - found.pictures).square().mean())),
             "psnr_inside_alpha": {"tokens": summary(inside), **{
                 f"thumbnail {side}x{side}": summary(psnr(held.pictures, thumbnails(held.pictures, side), held.alpha))
                 for side in (8, 16)}},
@@ -128,10 +133,10 @@ class Report:
         labels = torch.tensor([(c, (c + i) % styles) for c in range(len(names[0])) for i in range(count)])
         steps = len(self.system.plan)
         with self.progress(what, len(labels)) as each:
-            done = itertools.count(1)
+            calls = itertools.count(1)
             generation = self.system.generate(
                 [tuple(row) for row in labels.tolist()], seed=self.options.seed, output="torch", batch_size=64,
-                progress=False, callback=lambda step, run: each(next(done) * 64 // steps),
+                progress=False, callback=lambda step, run: each(next(calls) * 64 // steps),
                 **{**self.settings, **settings})
         return (PictureSet(generation.images.cpu(), labels, None, names),
                 [step.cpu() for step in generation.tokens])
@@ -203,12 +208,12 @@ class Report:
 
     def _sample_sheets(self, drawn: PictureSet, tokens: list[Tensor], near_Nk: Tensor) -> None:
         styles = len(drawn.class_names[1])
-        # The first samples of a class hold every style once; the sheet has the styles in the same order in every row.
+        # Three classes a row, each in all styles, in the same order.
         order = [next((i for i in range(len(drawn)) if drawn.labels[i].tolist() == [c, s]), None)
                  for c in range(len(drawn.class_names[0])) for s in range(styles)]
-        if None not in order:
+        if None not in order:  # fewer samples a class than styles make no such sheet
             self.write_sheet("samples", drawn.pictures[torch.tensor(order)], 3 * styles)
-        chosen = torch.linspace(0, len(drawn) - 1, 16).long()
+        chosen = torch.linspace(0, len(drawn) - 1, 16).long()  # four to a row, each followed by its neighbours
         rows = torch.cat([drawn.pictures[chosen, None], self.train.pictures[near_Nk[chosen]]], 1)
         self.write_sheet("nearest", rows.flatten(0, 1), 4 * 4)
         previews = [self.system.decode([step[chosen] for step in tokens[:k + 1]]).cpu() for k in range(len(tokens))]
@@ -250,8 +255,7 @@ class Report:
         base = nearest(self.held_out.pictures, self.train.pictures).distance_Nk.median()
         base_features = nearest(self.held_out_opinion.features_ND, self.train_opinion.features_ND).distance_Nk.median()
         rows = []
-        for scale, (temperature, top_k, top_p) in itertools.product(
-                (1.0, 2.0, 3.0, 4.0), ((1.0, None, None), (1.0, 600, 0.95), (0.85, None, None))):
+        for scale, temperature, top_k, top_p in SWEEP:
             settings = {"guidance_scale": scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
             drawn, _ = self.sample(self.options.count, f"guidance {scale}", **settings)
             opinion = judge(self.judge, drawn.pictures)
@@ -269,13 +273,9 @@ class Report:
         """A sheet as WebP, of less quality where it would be too large for a repository."""
         image = sheet(pictures, columns)
         for quality in (92, 85, 75, 60):
-            path = save_image(image, self.out / f"{name}.webp", quality=quality, method=6)
-            if path.stat().st_size < 400_000:
+            path = save_image(image, self.out / f"{name}.webp", quality=quality, method=4)
+            if path.stat().st_size < SHEET_BYTES:
                 break
-
-
-def _decibel(mean_squared_error: Tensor) -> float:
-    return float(10 * torch.log10(4 / mean_squared_error))
 
 
 def _spread(pictures: PictureSet, count: int) -> Tensor:
@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-64", help="name or folder")
     parser.add_argument("--out", default=str(ROOT / "docs" / "emoji-64"))
-    parser.add_argument("--count", type=int, default=20, help="samples a class; multiples of 5 suit the styles")
+    parser.add_argument("--count", type=int, help="samples a class (15, in a sweep 3); multiples of 5 suit the styles")
     parser.add_argument("--likelihood", type=int, default=400, help="pictures to score, of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance-scale", type=float)
@@ -297,8 +297,10 @@ def main() -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--sweep", action="store_true", help="compare sampling settings instead of the whole report")
     options = parser.parse_args()
+    options.count = options.count or (3 if options.sweep else 15)
     torch.set_num_threads(options.threads)
     began = time.perf_counter()
     report = Report(options)

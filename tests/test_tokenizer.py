@@ -221,7 +221,7 @@ def test_some_dozens_of_steps_on_real_pictures_lower_the_loss(codebook_update: s
 SHIPPED = files("nextscale").joinpath("weights").joinpath("emoji-64")
 
 
-@pytest.mark.skipif(not SHIPPED.joinpath("tokenizer.safetensors").is_file(), reason="the trained model is not in here yet")
+@pytest.mark.skipif(not SHIPPED.joinpath("tokenizer.safetensors").is_file(), reason="no trained model is in here yet")
 def test_a_trained_tokenizer_s_error_falls_with_every_decoded_scale() -> None:
     import nextscale
 

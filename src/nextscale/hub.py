@@ -4,6 +4,7 @@ Published tensor names are turned into ours by a name map, a table of regular ex
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,14 +27,19 @@ def find_weights(where: str | Path) -> Path:
 
     Raises WeightsError where neither is there.
     """
-    path = Path(where).expanduser()
-    if path.is_file():
+    try:
+        path = Path(where).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, the home of nobody
+        raise WeightsError(f"{str(where)[:80]!r} names no file ({error}); give a path or a hub name") from None
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         raise WeightsError(f"{path} is a folder; name the weights file in it")
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+?\.(?:safetensors|pth|pt|bin))(?:@([\w.-]+))?", str(where))
     if match is None or ".." in str(where):
-        raise WeightsError(f"no weights file at {where}; give a path, or owner/name/file.pth of a hub repository")
+        shown = " ".join(str(where).split())[:200]
+        raise WeightsError(f"no weights file at {shown!r}; give a path, or owner/name/file.pth of a hub repository")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -127,29 +133,39 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """Write safetensors under a temporary name, then rename. Raises WeightsError when the disk refuses."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, temporary, dict(metadata or {}))
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise WeightsError(f"{path} can't be written ({error}); {free / 1e6:.0f} MB are free there") from None
+        _remove(temporary)
+        raise WeightsError(f"{path} can't be written ({error}); {_free_space(path.parent)}") from None
     return path
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _free_space(folder: Path) -> str:
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> Path:
     """Write JSON under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WeightsError(f"{path} can't be written ({error})") from None
+        _remove(temporary)
+        raise WeightsError(f"{path} can't be written ({error}); {_free_space(path.parent)}") from None
     return path
 
 

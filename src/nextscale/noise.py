@@ -152,7 +152,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor, exact: bool = False) -> Tensor:
     """
     p = torch.softmax(logits.double() if exact else logits.float(), -1)
     total = p.cumsum(-1)
-    threshold = uniform[..., None].to(total.dtype) * total[..., -1:]
-    index = torch.searchsorted(total, threshold.contiguous(), right=True)[..., 0]
-    last = p.shape[-1] - 1 - (p.flip(-1) > 0).to(torch.uint8).argmax(-1)
-    return torch.minimum(index, last)
+    # Rounding may lift the threshold to the whole sum, behind which there is nothing.
+    below = torch.nextafter(total[..., -1:], torch.zeros_like(total[..., -1:]))
+    threshold = torch.minimum(uniform[..., None].to(total.dtype) * total[..., -1:], below)
+    return torch.searchsorted(total, threshold.contiguous(), right=True)[..., 0]

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from nextscale.context import Context, Hook
 from nextscale.errors import InputError
-from nextscale.heads.categorical import CategoricalHead, Evaluate, Filter, Guidance, token_log_prob
+from nextscale.heads.categorical import CategoricalHead, Evaluate, Filter, Guidance
 from nextscale.layers.memory import Memory
 from nextscale.layers.resize import resize
-from nextscale.noise import inverse_cdf
 from nextscale.run import At, Call, Rows, Run, Sample
 from nextscale.sampling.steps import Model, evaluator
 from nextscale.tokenizers import pyramid
@@ -173,9 +172,8 @@ class MaskedRounds:
             rows = call.rows if round == rounds - 1 else replace(call.rows, keep=call.predicts.start)
             outputs = self.head.outputs(evaluate(replace(call, rows=rows))[:, call.predicts], run.branches)
             logits = self.head.distribution(outputs, replace(run.at, round=round), guidance, filters)
-            drawn = inverse_cdf(logits, run.noise.uniform("token", step, round, cells)[..., 0])
-            tokens, log_prob = (torch.where(fixed, old, new) for old, new in (
-                (tokens, drawn), (log_prob, token_log_prob(logits, drawn))))
+            drawn = self.head.draw(logits, run.noise, step, cells, round)
+            tokens, log_prob = torch.where(fixed, tokens, drawn.tokens), torch.where(fixed, log_prob, drawn.log_prob)
             if round < rounds - 1:
                 sure = log_prob.masked_fill(fixed, torch.inf).topk(step.shape[1] * (round + 1) // rounds, 1).indices
                 fixed = torch.zeros_like(fixed).scatter(1, sure, True)
@@ -207,7 +205,7 @@ def jacobi(model: Model, run: Run, guidance: Guidance, window: int, hooks: Seque
         for hook in hooks:
             call = hook.inputs(run, call)
         outputs = model.head.outputs(evaluator(model.generator, run, hooks, check=True)(call), run.branches)
-        drawn = inverse_cdf(guidance(outputs, At(0, 1, 0, 1)), run.noise.uniform("token", step_BW, 0, cell_BW3)[..., 0])
+        drawn = model.head.draw(guidance(outputs, At(0, 1, 0, 1)), run.noise, step_BW, cell_BW3).tokens
         confirmed = (drawn == tokens.gather(1, step_BW))[:, :-1].long().cumprod(1).sum(1)
         count = torch.minimum(confirmed + 1, steps - at)
         run.commit(count)

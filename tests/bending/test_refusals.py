@@ -69,6 +69,20 @@ def test_shrinking_a_call_whose_rows_dont_stay_is_refused() -> None:
         case.go(case.start(), hooks=[Careless({})])
 
 
+def test_parts_of_a_call_out_of_order_are_refused() -> None:
+    """Rows that stay, behind rows that don't, would be counted as the wrong ones."""
+    class Backwards(Hook):
+        def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
+                   inner: Any) -> Tensor:
+            parts = {at.start: inner(q[:, :, at], k[:, :, at], v[:, :, at], part)
+                     for at, part in reversed(rows.by_step())}
+            return torch.cat([parts[start] for start in sorted(parts)], 2)
+
+    case = Case((), "clean")  # keeps the previous step of every call, and not its own
+    with pytest.raises(InputError, match="in their order"):
+        case.go(case.start(), hooks=[Backwards()])
+
+
 def test_a_row_that_would_see_nothing_is_found() -> None:
     """Shrinking before attention, not step by step: on a prefill the coarse steps' rows lose all their keys."""
     class BeforeAttention(Hook):

@@ -10,8 +10,7 @@ import typer
 
 from nextscale.errors import InputError
 
-app = typer.Typer(help="Build the emoji set, look at a data set, read a picture's settings.", no_args_is_help=True,
-                  rich_markup_mode=None)
+app = typer.Typer(help="Build the emoji set, look at a data set, read a picture's settings.", rich_markup_mode=None)
 
 
 @app.command("build-emoji")

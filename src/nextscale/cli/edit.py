@@ -31,6 +31,9 @@ def edit(
     label: options.Labels = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
     model: options.Model = "emoji-64",
+    paste: Annotated[
+        bool, typer.Option("--paste/--no-paste", help="Put the picture's own pixels back outside the region.")
+    ] = True,
     resize: options.Resize = False,
     seed: options.Seed = 0,
     guidance_scale: options.GuidanceScale = None,
@@ -47,7 +50,7 @@ def edit(
     """Draw a region of a picture anew, or the world around it, without any training.
 
     Say where with one of --mask, --box and --outpaint, and what with --label. Cells of the latent that the region
-    does not touch keep their codes, so there the result is the tokenizer's reconstruction of the picture.
+    does not touch keep their codes; outside the region the picture's own pixels are put back.
 
     \b
     Examples:
@@ -91,14 +94,17 @@ def edit(
         output="numpy",
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
     )
+    import numpy as np
     from PIL import Image
 
-    settings = {"edited": picture.name, "box": box, "mask": mask and mask.name, "outpaint": outpaint}
+    results = drawn.images
+    if paste:
+        results = np.where(redraw.numpy()[None, :, :, None], results, np.asarray(image)[None])
+    settings = {"edited": picture.name, "box": box, "mask": mask and mask.name, "outpaint": outpaint, "paste": paste}
     settings |= {"precision": precision.value, **asdict(drawn.settings)}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)
-    columns = min(count, 8)
-    result = Image.fromarray(drawn.images[0]) if count == 1 else board(drawn.images, columns)
-    pictures_out.write_png(result, out, about)
+    written = Image.fromarray(results[0]) if count == 1 else board(results, min(count, 8))
+    pictures_out.write_png(written, out, about)
     typer.echo(f"{out}: {count} of {picture.name} in {drawn.seconds:.1f} s")
 
 

@@ -2,68 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nextscale.errors import InputError, did_you_mean
 
+if TYPE_CHECKING:
+    from nextscale.systems.var import VARConfig
 
-def list_models() -> None:
-    """List the models that --model and nextscale.load take, with size, pictures and where their weights come from.
+
+def list_models(
+    name: Annotated[str | None, typer.Argument(help="Show one: a name or a model's folder.")] = None,
+) -> None:
+    """List the models that --model and nextscale.load take, or show one: its schedule, settings and classes.
 
     \b
-    Example: nextscale models
+    Examples:
+      nextscale models
+      nextscale models emoji-64
     """
     from nextscale.registry import models
 
+    if name is not None:
+        _show(name)
+        return
     rows = [("model", "parameters", "pictures", "weights"), *(_row(name) for name in sorted(models()))]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         typer.echo("  ".join([*(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=False)), row[3]]))
 
 
-def _row(name: str) -> tuple[str, str, str, str]:
-    import torch
-
-    from nextscale.cli.options import needs_weights
-    from nextscale.registry import import_target, models
-
-    if models()[name] == "nextscale.systems.var:shipped":
-        return _shipped_row(name)
-    if not needs_weights(name):
-        return name, "", "", f"another package's ({models()[name]})"
-    with torch.device("meta"):
-        system = import_target(models()[name])(name)  # type: ignore[operator]
-    height, width = system.tokenizer.picture_size
-    return name, _millions(system), f"{width}x{height}", "published files: --weights, --tokenizer-weights, or convert"
-
-
-def _shipped_row(name: str) -> tuple[str, str, str, str]:
-    from importlib.resources import files
+def _config(name: str) -> VARConfig | None:
+    """A model's configuration without building it; None for models of other packages."""
     from pathlib import Path
 
+    from nextscale.registry import models
+    from nextscale.systems import var
+
+    if Path(name).is_dir():
+        return var.read_config(Path(name))
+    target = models().get(name)
+    if target is None:
+        hint = did_you_mean(name, models(), "; `nextscale models` lists them")
+        raise InputError(f"no model or folder {name!r}{hint}")
+    if target.endswith(":shipped"):
+        return var.read_config(var.shipped_folder(name))
+    return var.preset_config(name) if target.endswith("systems.var:preset") else None
+
+
+def _row(name: str) -> tuple[str, str, str, str]:
+    from nextscale.cli.options import needs_weights
+    from nextscale.errors import WeightsError
+    from nextscale.registry import models
+
+    try:
+        config = _config(name)
+    except WeightsError:
+        return name, "", "", "not in this installation"
+    if config is None:
+        return name, "", "", f"another package's ({models()[name]})"
+    side = config.tokenizer.autoencoder.factor
+    height, width = (side * n for n in config.tokenizer.grids[-1])
+    published = "published files: --weights, --tokenizer-weights, or convert"
+    return name, _millions(config), f"{width}x{height}", published if needs_weights(name) else "come with the package"
+
+
+def _show(name: str) -> None:
+    from dataclasses import asdict
+
+    config = _config(name)
+    if config is None:
+        raise InputError(f"{name!r} comes from another package, which tells about it")
+    typer.echo(f"parameters  {_millions(config)}")
+    typer.echo(f"schedule    {', '.join(f'{h}x{w}' for h, w in config.tokenizer.grids)}"
+               f" ({config.tokenizer.plan.length} tokens of {config.tokenizer.vocabulary} codes)")
+    for purpose, settings in config.settings.items():
+        typer.echo(f"{purpose:11s} {', '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
+    for kind, size in enumerate(config.classes):
+        names = config.class_names[kind] if kind < len(config.class_names) else ()
+        typer.echo(f"label {kind}     {', '.join(names) if names else f'an index from 0 to {size - 1}'}")
+
+
+def _millions(config: VARConfig) -> str:
     import torch
 
-    from nextscale import hub
-    from nextscale.configuration import build
-    from nextscale.systems.var import VAR, VARConfig
+    from nextscale.systems.var import VAR
 
-    path = Path(str(files("nextscale"))) / "weights" / name / "config.json"
-    if not path.is_file():
-        return name, "", "", "not in this installation"
-    config = hub.read_json(path)
-    config.pop("system", None)
     with torch.device("meta"):
-        system = VAR(build(VARConfig, config, str(path)))
-    height, width = system.tokenizer.picture_size
-    return name, _millions(system), f"{width}x{height}", "come with the package"
-
-
-def _millions(system: object) -> str:
-    parameters = sum(p.numel() for p in system.parameters())  # type: ignore[attr-defined]
-    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())  # type: ignore[attr-defined]
-    return f"{(parameters - tokenizer) / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
+        system = VAR(config)
+    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
+    rest = sum(p.numel() for p in system.parameters()) - tokenizer
+    return f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
 
 
 def list_systems(

@@ -13,7 +13,7 @@ from nextscale.errors import InputError
 if TYPE_CHECKING:
     from nextscale.training.trainer import TrainResult
 
-app = typer.Typer(help="Train a tokenizer, then a generator on its codes.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Train a tokenizer, then a generator on its codes.", rich_markup_mode=None)
 
 Recipe = Annotated[str, typer.Option("--recipe", help="A recipe of the package, or your own .toml or .yaml file.")]
 Data = Annotated[

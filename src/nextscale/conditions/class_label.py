@@ -25,7 +25,7 @@ class ClassTable(nn.Module):
     @property
     def null(self) -> Tensor:
         """The labels that mean nothing is given, (n,)."""
-        return torch.tensor(self.sizes, device=self.tables[0].weight.device)
+        return torch.tensor(self.sizes, device=next(self.parameters()).device)
 
     def forward(self, labels_Bn: Tensor) -> Tensor:
         """Labels (B, n) to conditions (B, D)."""
@@ -62,7 +62,8 @@ class ClassCondition:
             labels = labels.clone()
             labels[:, kind] = self.table.sizes[kind]
         elif name != "conditional":
-            raise InputError(f"class labels have no branch {name!r}; they have conditional, unconditional, without_0, ...")
+            raise InputError(f"class labels have no branch {name!r}; they have conditional, unconditional, "
+                             "without_0, ...")
         return self.table(labels)
 
     def gather(self, items: Tensor) -> ClassCondition:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nextscale.context import Context
 from nextscale.errors import InputError
 from nextscale.layers.adaln import Modulation, modulated_norm
+from nextscale.layers.linear import Linear
 from nextscale.layers.mlp import MLP, drop_path
 from nextscale.plan import Plan
 from nextscale.run import Call, Rows, Run
@@ -48,18 +49,18 @@ class SelfAttention(nn.Module):
     def __init__(self, config: VARGeneratorConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.width))
         self.v_bias = nn.Parameter(torch.zeros(config.width))
         self.scale_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0))) \
             if config.l2_attention else None
-        self.projection = nn.Linear(config.width, config.width)
+        self.projection = Linear(config.width, config.width)
         self.plain_scale = 0.25 / math.sqrt(config.width // config.heads)
 
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
         r, length, c = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))
+        qkv = self.qkv(x, bias.to(self.qkv.weight.dtype))
         q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scale = self.plain_scale
         if self.scale_1H11 is not None:
@@ -141,7 +142,7 @@ class VARGenerator(nn.Module):
         return torch.cat(parts, 1) + self.positions(first, last).to(dtype)
 
     def call(self, run: Run) -> Call:
-        """The call for the run's next step: all steps that memory lacks, up to the cursor; the cursor's rows predict."""
+        """The call for the run's next step: all steps that memory lacks, up to the cursor, whose rows predict."""
         if run.plan.steps != self.plan.steps:
             raise InputError(f"{self.name}: the model's positions are learned for the schedule "
                              f"{[s.grid for s in self.plan]}, the run has {[s.grid for s in run.plan]}")
@@ -185,8 +186,9 @@ def initialise(generator: VARGenerator, head: nn.Linear, table: nn.Module, gate:
         for module in root.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
     for parameter in (generator.start, generator.position):
         nn.init.trunc_normal_(parameter, std=std)
     head.weight.mul_(head_scale)

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.noise import Recorded, inverse_cdf
+from nextscale.noise import Noise, Recorded, inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
 Evaluate = Callable[[Call], Tensor]
@@ -49,14 +50,17 @@ class CategoricalHead(nn.Linear):
         outputs = self.outputs(evaluate(call)[:, call.predicts], run.branches)
         logits = self.distribution(outputs, run.at, guidance, filters)
         span = run.plan.span(run.cursor, run.cursor + 1)
-        step_1L = call.rows.step[:1, call.predicts]
-        uniform_BL = run.noise.uniform("token", step_1L, 0, run.order[:, span])[..., 0]
-        tokens = inverse_cdf(logits, uniform_BL, exact=isinstance(run.noise, Recorded))
+        sample = self.draw(logits, run.noise, call.rows.step[:1, call.predicts], run.order[:, span])
+        return sample if soft is None else replace(sample, codes=soft(logits, run.at, run))
+
+    def draw(self, logits: Tensor, noise: Noise, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
+        """One token a position from logits (B, L, V), at steps (B|1, L) and cells (B|1, L, 3)."""
+        uniform_BL = noise.uniform("token", step, round, cells)[..., 0]
+        tokens = inverse_cdf(logits, uniform_BL, exact=isinstance(noise, Recorded))
         log_prob = token_log_prob(logits, tokens)
-        return Sample(tokens, log_prob, log_prob.exp(), None if soft is None else soft(logits, run.at, run))
+        return Sample(tokens, log_prob, log_prob.exp())
 
 
 def token_log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability in nats of tokens (B, L) under logits (B, L, V); -inf where a filter ruled the token out."""
-    chosen = logits.gather(-1, tokens[..., None])[..., 0].float()
-    return chosen - torch.logsumexp(logits.float(), -1)
+    return F.log_softmax(logits.float(), -1).gather(-1, tokens[..., None])[..., 0]

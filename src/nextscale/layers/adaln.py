@@ -1,6 +1,7 @@
 """Adaptive layer normalisation: scale, shift and gate from the condition (DiT, arXiv 2212.09748)."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +10,7 @@ from nextscale.layers.norms import layer_norm
 
 def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift."""
-    return layer_norm(x_RLC) * (1 + scale_R1C) + shift_R1C
+    return torch.addcmul(shift_R1C, layer_norm(x_RLC), 1 + scale_R1C)
 
 
 class Modulation(nn.Linear):

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nextscale.layers.linear import Linear
 
 
 class MLP(nn.Module):
@@ -11,11 +12,11 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ratio: float = 4.0):
         super().__init__()
-        self.expand = nn.Linear(width, round(width * ratio))
-        self.contract = nn.Linear(round(width * ratio), width)
+        self.expand = Linear(width, round(width * ratio))
+        self.contract = Linear(round(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+        return self.contract(self.expand(x, gelu=True))
 
 
 def drop_path(x: Tensor, probability: float, training: bool) -> Tensor:

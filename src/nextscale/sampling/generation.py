@@ -74,15 +74,19 @@ class Preview:
     run: Run
 
 
+def check_output(kind: str) -> None:
+    """Raises InputError where ``convert`` would, before any work is done."""
+    if kind not in ("pil", "numpy", "torch"):
+        raise InputError(f"output {kind!r} is unknown; use pil, numpy or torch")
+
+
 def convert(pictures: Tensor, kind: OutputKind) -> Any:
     """Pictures (B, 3, S, S') in [-1, 1] as a list of PIL images, as uint8 numpy (B, S, S', 3), or as they are."""
     if kind == "torch":
         return pictures
     if kind == "pil":
         return [to_pil(picture) for picture in pictures]
-    if kind == "numpy":
-        return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    raise InputError(f"output {kind!r} is unknown; use pil, numpy or torch")
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def picture_seeds(count: int, seed: int, seeds: Sequence[int] | None) -> list[int]:

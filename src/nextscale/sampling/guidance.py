@@ -25,7 +25,8 @@ SCHEDULES: dict[str, Callable[[At], float]] = {
 class Guidance(Protocol):
     """Branches by name, and the rule that combines their outputs in the head's native output."""
 
-    branches: tuple[str, ...]
+    @property
+    def branches(self) -> tuple[str, ...]: ...
 
     def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor: ...
 

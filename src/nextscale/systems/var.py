@@ -41,6 +41,7 @@ from nextscale.sampling.generation import (
     Preview,
     Progress,
     Settings,
+    check_output,
     chunks,
     convert,
     join_images,
@@ -107,7 +108,7 @@ class VAR(nn.Module):
         for part in (self.generator, self.head, self.labels, self.tokenizer.encoder, self.tokenizer.decoder,
                      self.tokenizer.to_latent, self.tokenizer.from_latent):
             part.to(dtype)
-        self.tokenizer.to(memory_format=torch.channels_last)
+        self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     # Pictures and tokens
@@ -120,7 +121,20 @@ class VAR(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Sequence[Tensor]) -> Tensor:
         """Pictures (B, 3, S, S) in [-1, 1] of tokens; fewer scales give a coarse preview."""
-        return self.tokenizer.decode_tokens(list(tokens))
+        return self.tokenizer.decode_tokens(self._checked(tokens, partly=True))
+
+    def _checked(self, tokens: Sequence[Tensor], partly: bool = False) -> list[Tensor]:
+        """Tokens of every scale (``partly``: of the first scales), or an InputError that says what doesn't fit."""
+        grids, vocabulary = [step.grid for step in self.plan], self.config.tokenizer.vocabulary
+        if len(tokens) > len(grids) or (len(tokens) < len(grids) and not (partly and tokens)):
+            raise InputError(f"tokens: {len(tokens)} scales were given, the model has {len(grids)}")
+        for k, (found, (h, w)) in enumerate(zip(tokens, grids, strict=False)):
+            if tuple(found.shape) != (len(tokens[0]), h * w):
+                raise InputError(f"tokens: scale {k} has shape {tuple(found.shape)}; {h}x{w} cells of every picture "
+                                 f"are {(len(tokens[0]), h * w)}")
+            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+                raise InputError(f"tokens: scale {k} has values outside 0..{vocabulary - 1}")
+        return [found.to(self.device) for found in tokens]
 
     def label_rows(self, labels: Sequence[Label] | Label, count: int | None = None) -> Tensor:
         """Label indices (B, n) of names, indices, None or tuples of these; one label serves ``count`` pictures.
@@ -128,6 +142,8 @@ class VAR(nn.Module):
         Raises InputError on unknown names (the nearest is suggested) and indices out of range.
         """
         if labels is None or isinstance(labels, (int, str, tuple)):
+            if count is not None and count < 1:
+                raise InputError(f"count is {count}; it must be at least 1")
             labels = [labels] * (count or 1)
         rows = []
         for label in labels:
@@ -138,6 +154,8 @@ class VAR(nn.Module):
             rows.append([self._label_index(kind, part) for kind, part in enumerate(parts)])
         if count is not None and len(rows) != count:
             raise InputError(f"{len(rows)} labels were given for {count} pictures")
+        if not rows:
+            raise InputError("no labels were given; give at least one, or None for no class")
         return torch.tensor(rows, device=self.device)
 
     def _label_index(self, kind: int, label: int | str | None) -> int:
@@ -178,6 +196,7 @@ class VAR(nn.Module):
 
         Raises InputError on unknown labels, settings or counts that don't match.
         """
+        check_output(output)
         rows = self.label_rows(labels, count)
         used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
         began, parts, stopped = time.perf_counter(), [], False
@@ -196,7 +215,8 @@ class VAR(nn.Module):
                 if stopped:
                     break
         drawn = sum(run.pictures for _, run in parts)
-        tokens = [torch.cat(step) for step in zip(*(run.tokens for _, run in parts), strict=True)]
+        # A stopped batch has fewer steps than the batches before it: tokens are those of the steps that all have.
+        tokens = [torch.cat(step) for step in zip(*(run.tokens for _, run in parts), strict=False)]
         log_prob = torch.cat([torch.cat(run.log_probs, 1).sum(1) for _, run in parts])
         return Generation(join_images([images for images, _ in parts], output), tokens, log_prob, all_seeds[:drawn],
                           [self.label_names(row) for row in rows[:drawn]], used, time.perf_counter() - began, stopped)
@@ -206,6 +226,7 @@ class VAR(nn.Module):
                purpose: str = "pictures", hooks: Sequence[Hook] = (), output: OutputKind = "pil",
                **settings: Any) -> Iterator[Preview]:
         """The same step by step: a preview after every step, the last one is the picture."""
+        check_output(output)
         rows = self.label_rows(labels, count)
         used = self.settings_for(purpose, settings)
         noise = Keyed.from_seeds(picture_seeds(len(rows), seed, None), self.device)
@@ -269,7 +290,7 @@ class VAR(nn.Module):
         guidance and filters: score under a sampler's distribution instead of the model's own.
         """
         tokens = (self.encode(pictures_or_tokens) if isinstance(pictures_or_tokens, Tensor)
-                  else list(pictures_or_tokens))
+                  else self._checked(pictures_or_tokens))
         guidance = guidance or make_guidance(1.0)
         condition = ClassCondition(self.labels, self.label_rows(labels, len(tokens[0])))
         with torch.no_grad():
@@ -426,13 +447,19 @@ def save(system: VAR, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None
     hub.save_json({"system": "var", **asdict(system.config)}, folder / "config.json")
 
 
+def read_config(folder: Path) -> VARConfig:
+    """The configuration of a model's folder, without its weights. Raises WeightsError, InputError on wrong files."""
+    config = hub.read_json(folder / "config.json")
+    if config.pop("system", "var") != "var":
+        raise WeightsError(f"{folder} holds a model of another system than var")
+    return build(VARConfig, config, str(folder / "config.json"))
+
+
 def load(folder: Path, precision: str = "fp32") -> VAR:
     """A VAR that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
-    config = hub.read_json(folder / "config.json")
-    config.pop("system", None)
-    built = build(VARConfig, config, str(folder / "config.json"))
+    config = read_config(folder)
     try:
-        system = VAR(built).eval()
+        system = VAR(config).eval()
     except Exception as error:  # sizes that cannot be, which every layer refuses in a way of its own
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{folder / 'config.json'} doesn't describe a model ({reason})") from None
@@ -443,9 +470,14 @@ def load(folder: Path, precision: str = "fp32") -> VAR:
     return system.to_precision(precision)
 
 
+def shipped_folder(name: str) -> Path:
+    """Where a trained model that comes with the package lies. Raises WeightsError where it isn't there."""
+    folder = Path(str(files("nextscale").joinpath("weights").joinpath(name)))
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"the trained model {name!r} is not in this installation (no {folder}); install again")
+    return folder
+
+
 def shipped(name: str) -> VAR:
     """A trained model that comes with the package."""
-    folder = Path(str(files("nextscale").joinpath("weights", name)))
-    if not folder.is_dir():
-        raise WeightsError(f"the trained model {name!r} is not in this installation (looked in {folder}); install again")
-    return load(folder)
+    return load(shipped_folder(name))

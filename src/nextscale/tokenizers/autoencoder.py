@@ -47,6 +47,11 @@ def _norm(width: int, groups: int) -> GroupNorm:
     return GroupNorm(groups, width, eps=1e-6)
 
 
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a map that nothing else holds: in place where no gradient asks for it, since new pages cost more."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
 
@@ -59,8 +64,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_in(_silu(self.norm_in(x)))
+        h = self.conv_out(_silu(self.norm_out(h)))
         return self.shortcut(x) + h
 
 
@@ -153,7 +158,7 @@ class Encoder(nn.Module):
         x = self.input(picture.contiguous(memory_format=torch.channels_last))
         for level in self.levels:
             x = level(x)
-        return self.output(F.silu(self.norm(self.middle(x))))
+        return self.output(_silu(self.norm(self.middle(x))))
 
 
 class Decoder(nn.Module):
@@ -177,4 +182,4 @@ class Decoder(nn.Module):
         x = self.middle(self.input(latent.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.levels):
             x = level(x)
-        return self.output(F.silu(self.norm(x)))
+        return self.output(_silu(self.norm(x)))

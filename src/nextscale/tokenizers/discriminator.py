@@ -1,6 +1,8 @@
 """The patch discriminator of pix2pix (arXiv 1611.07004, section 3.2.2), as VQGAN trains tokenizers against it."""
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3] + [width * min(2**i, 8) for i in range(layers)]
         self.strided = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(GroupNorm(8, b) for b in widths[2:])
         self.output = nn.Conv2d(widths[-1], 1, 4, padding=1)
 

@@ -5,6 +5,7 @@ is trained, ``emoji-judge`` is kept out of all training and judges what a genera
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +25,12 @@ from nextscale.layers.norms import GroupNorm
 class ClassifierConfig:
     """Size and labels of a classifier.
 
-    widths: channels at a half, a quarter, ... of the picture's side; blocks: residual blocks at each of these sizes;
-    classes: how many classes each kind of label has; class_names: their names, one list a kind; dropout: of the pooled
-    features, in training.
+    patch: pixels a side that the first map takes together; widths: channels of the first map and of those of half its
+    side, a quarter, ...; blocks: residual blocks at each of these sizes; classes: how many classes each kind of label
+    has; class_names: their names, one list a kind; dropout: of the pooled features, in training.
     """
 
+    patch: int = 2
     widths: tuple[int, ...] = (32, 64, 80, 96)
     blocks: tuple[int, ...] = (0, 1, 1, 1)
     classes: tuple[int, ...] = (51, 5)
@@ -38,6 +40,8 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if not self.widths or any(width < 8 or width % 8 for width in self.widths):
             raise InputError(f"widths are {self.widths}; each must be a positive multiple of 8")
+        if self.patch < 1:
+            raise InputError(f"patch is {self.patch}; it must be at least 1 pixel")
         if len(self.blocks) != len(self.widths):
             raise InputError(f"blocks are {self.blocks}; give one count for each of the {len(self.widths)} widths")
         if not self.classes or any(count < 2 for count in self.classes):
@@ -72,27 +76,26 @@ def _norm(width: int) -> GroupNorm:
 
 
 class PictureClassifier(nn.Module):
-    """Pictures (B, 3, S, S') in [-1, 1], sides divisible by two for every width, to logits of every kind of label."""
+    """Pictures (B, 3, S, S') in [-1, 1], to logits of every kind of label."""
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        inputs = (3, *config.widths[:-1])
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 4 if a == 3 else 3, stride=2, padding=1)
-                                    for a, b in zip(inputs, config.widths, strict=True))
+        self.shrink = nn.ModuleList([nn.Conv2d(3, config.widths[0], config.patch + 2, stride=config.patch, padding=1)])
+        self.shrink.extend(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(config.widths))
         self.stages = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width) for _ in range(count)), _norm(width), nn.SiLU())
             for width, count in zip(config.widths, config.blocks, strict=True))
         # The heads see every stage: what is drawn shows in the coarse maps, how it is drawn in the fine ones.
         self.heads = nn.ModuleList(nn.Linear(sum(config.widths), count) for count in config.classes)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def maps(self, picture: Tensor) -> list[Tensor]:
-        """The map after every stage, (B, width, S / 2^i, S' / 2^i), fine to coarse.
+        """The map after every stage, (B, width, S / (patch 2^i), S' / (patch 2^i)), fine to coarse.
 
         Raises InputError where the picture's shape doesn't fit.
         """
-        factor = 2 ** len(self.config.widths)
+        factor = self.config.patch * 2 ** (len(self.config.widths) - 1)
         if picture.ndim != 4 or picture.shape[1] != 3 or picture.shape[2] % factor or picture.shape[3] % factor:
             raise InputError(f"pictures must be (B, 3, S, S') with sides divisible by {factor}, "
                              f"not {tuple(picture.shape)}")
@@ -140,7 +143,7 @@ def load_classifier(where: str | Path) -> PictureClassifier:
     """
     folder = Path(where)
     if not folder.is_dir():
-        folder = Path(str(files("nextscale").joinpath("weights", str(where))))
+        folder = Path(str(files("nextscale").joinpath("weights"))) / where
     if not folder.is_dir():
         raise WeightsError(f"no classifier at {where}; give a folder that holds config.json and classifier.safetensors")
     config = build(ClassifierConfig, hub.read_json(folder / "config.json"), str(folder / "config.json"))

@@ -73,6 +73,9 @@ class MultiScaleQuantiser(nn.Module):
     """Codebook and phi convolutions: the codec of VAR's canvas. Always computes in float32."""
 
     read_rule: ResizeRule = "area"
+    usage_KV: Tensor
+    assigned_V: Tensor
+    assigned_sum_VC: Tensor
 
     def __init__(self, config: MultiScaleVQConfig):
         super().__init__()
@@ -80,11 +83,12 @@ class MultiScaleQuantiser(nn.Module):
         self.config = config
         steps = len(config.grids)
         self.codebook = nn.Embedding(config.vocabulary, self.latent_width)
-        self.phis = nn.ModuleList(nn.Conv2d(self.latent_width, self.latent_width, 3, padding=1)
-                                  for _ in range(config.phi_count or steps))
-        for phi in self.phis:  # starts as the identity, so a code means itself before phi has learned anything
+        phis = [nn.Conv2d(self.latent_width, self.latent_width, 3, padding=1)
+                for _ in range(config.phi_count or steps)]
+        self.phis = nn.ModuleList(phis)
+        for phi in phis:  # starts as the identity, so a code means itself before phi has learned anything
             nn.init.dirac_(phi.weight)
-            nn.init.zeros_(phi.bias)
+            nn.init.zeros_(phi.bias)  # type: ignore[arg-type]
         self.register_buffer("usage_KV", torch.zeros(steps, config.vocabulary))
         if config.codebook_update == "ema":
             self.register_buffer("assigned_V", torch.zeros(config.vocabulary))
@@ -99,7 +103,8 @@ class MultiScaleQuantiser(nn.Module):
         with torch.autocast(codes_BCHW.device.type, enabled=False):
             h = resize(codes_BCHW, grid, "bicubic")
             phi, ratio = self.phis[phi_table(steps, self.config.phi_count)[step]], self.config.phi_ratio
-            return h * (1 - ratio) + F.conv2d(h, phi.weight.float(), phi.bias.float(), padding=1) * ratio
+            weight, bias = phi.get_parameter("weight").float(), phi.get_parameter("bias").float()
+            return h * (1 - ratio) + F.conv2d(h, weight, bias, padding=1) * ratio
 
     def accumulate(self, value: Tensor, contribution: Tensor) -> Tensor:
         return value + contribution
@@ -125,7 +130,7 @@ class MultiScaleQuantiser(nn.Module):
 
     @torch.no_grad()
     def move_codebook(self, tokens: Tensor, z_NC: Tensor) -> None:
-        """EMA codebook: each code becomes the moving average of the vectors that chose it (arXiv 1711.00937, app. A)."""
+        """EMA codebook: each code becomes the moving average of what chose it (arXiv 1711.00937, appendix A)."""
         decay, index = self.config.codebook_decay, tokens.flatten()
         hits_V = torch.bincount(index, minlength=self.config.vocabulary).float()
         sums_VC = torch.zeros_like(self.assigned_sum_VC).index_add_(0, index, z_NC.float())
@@ -263,8 +268,9 @@ class MultiScaleVQ(nn.Module):
             raise InputError(f"picture: {h}x{w} pixels are not a multiple of the tokenizer's factor {factor}; "
                              f"resize to {h // factor * factor or factor}x{w // factor * factor or factor}")
         if plan.grid != (h // factor, w // factor):
-            raise InputError(f"schedule: its last scale is {plan.grid[0]}x{plan.grid[1]} but a picture of {h}x{w} pixels "
-                             f"has a latent of {h // factor}x{w // factor}; end the schedule there or resize the picture")
+            raise InputError(f"schedule: its last scale is {plan.grid[0]}x{plan.grid[1]} but a picture of {h}x{w} "
+                             f"pixels has a latent of {h // factor}x{w // factor}; end the schedule there or resize "
+                             "the picture")
 
 
 class _FrozenCodebook:

@@ -49,7 +49,7 @@ class Augmentation:
         if chosen.any():
             side = int(picture.shape[-1] * (0.5 + 0.4 * float(torch.rand(()))))
             coarse = F.interpolate(moved[chosen], size=(side, side), mode="area")
-            moved[chosen] = F.interpolate(coarse, size=picture.shape[-2:], mode="bicubic").clamp(-1, 1)
+            moved[chosen] = F.interpolate(coarse, size=picture.shape[-2:], mode="bilinear")
         return moved
 
 

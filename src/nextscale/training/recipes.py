@@ -87,7 +87,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         return read_mapping(name)
     if name not in named_recipes():
         raise InputError(f"no recipe {name!r}{did_you_mean(name, named_recipes(), '; give a .toml or .yaml file')}")
-    return read_mapping(str(files("nextscale").joinpath("recipes", f"{name}.toml")))
+    return read_mapping(str(files("nextscale").joinpath("recipes").joinpath(f"{name}.toml")))
 
 
 def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) -> TrainResult:
