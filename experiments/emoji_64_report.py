@@ -136,7 +136,7 @@ class Report:
             calls = itertools.count(1)
             generation = self.system.generate(
                 [tuple(row) for row in labels.tolist()], seed=self.options.seed, output="torch", batch_size=64,
-                progress=False, callback=lambda step, run: each(next(calls) * 64 // steps),
+                progress=False, callback=lambda step, run: each(min(next(calls) * 64 // steps, len(labels))),
                 **{**self.settings, **settings})
         return (PictureSet(generation.images.cpu(), labels, None, names),
                 [step.cpu() for step in generation.tokens])

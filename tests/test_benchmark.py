@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.generators.var import VARGeneratorConfig
+from nextscale.sampling.filters import make_filters
 from nextscale.systems.var import VAR, VARConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
@@ -48,8 +51,6 @@ def test_baseline_and_library_draw_the_same_tokens_and_picture(var_speed: Module
 
 def test_filters_cut_the_distribution(var_speed: ModuleType, tiny: VAR) -> None:
     """Agreement would be empty if nothing were filtered out or nothing left to choose."""
-    from nextscale.sampling.filters import make_filters
-
     torch.manual_seed(1)
     logits = tiny.head(torch.randn(1, 16, 128))
     for narrow in make_filters(top_k=900, top_p=0.96):
@@ -59,15 +60,13 @@ def test_filters_cut_the_distribution(var_speed: ModuleType, tiny: VAR) -> None:
 
 
 def test_phases_add_up_and_operations_match_the_known_count(var_speed: ModuleType, tiny: VAR) -> None:
-    clock = var_speed.Clock(__import__("time").perf_counter)
+    clock = var_speed.Clock(time.perf_counter)
     began = clock.now()
     var_speed.draw_ours(tiny, clock)
     spent = clock.now() - began
     assert set(clock.seconds) == set(var_speed.PHASES)
     assert 0 < sum(clock.seconds.values()) <= spent
     assert tiny.generator.forward.__name__ == "forward"  # the clocks are gone again
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny.tokenizer.decoder(torch.zeros(1, 8, 4, 4))
     convolutions = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))

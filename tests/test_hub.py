@@ -51,7 +51,7 @@ def test_code_in_a_checkpoint_never_runs(ending: str, writer: str, tmp_path: Pat
     if writer == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(WeightsError, match="can't be read as weights"):
         hub.read_tensors(path)
     assert not mark.exists()

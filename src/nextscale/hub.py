@@ -105,7 +105,7 @@ def load_published(module: nn.Module, tensors: Mapping[str, Tensor], names: Name
     """Load published tensors into a module, strictly.
 
     optional: regular expressions of our names that may be absent or of another shape (counters). Raises WeightsError
-    naming the tensors that are missing, unknown or of another shape.
+    naming the tensors that are missing (by our names), unknown or of another shape (by the checkpoint's).
     """
     renamed, unknown = rename(tensors, names)
     own = module.state_dict()
@@ -113,8 +113,9 @@ def load_published(module: nn.Module, tensors: Mapping[str, Tensor], names: Name
     def may_lack(name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in optional)
 
-    foreign = [n for n in renamed if n not in own]
-    shapes = [f"{n} {tuple(renamed[n].shape)} instead of {tuple(own[n].shape)}"
+    published = {ours: name for name, tensor in tensors.items() for ours in rename({name: tensor}, names)[0]}
+    foreign = [published[n] for n in renamed if n not in own]
+    shapes = [f"{published[n]} {tuple(renamed[n].shape)} instead of {tuple(own[n].shape)}"
               for n in renamed if n in own and renamed[n].shape != own[n].shape and not may_lack(n)]
     covered = {n for n in renamed if n in own and renamed[n].shape == own[n].shape}
     missing = [n for n in own if n not in covered and n not in renamed and not may_lack(n)]

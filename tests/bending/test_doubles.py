@@ -7,7 +7,7 @@ from cases import GUIDANCE, HOOKS, SEEDS, Case, finished, model
 from doubles import jacobi
 
 from nextscale.conditions.class_label import ClassCondition
-from nextscale.context import Hook
+from nextscale.context import Context, Hook
 from nextscale.noise import Keyed
 from nextscale.run import At, Run
 from nextscale.sampling.guidance import Nested
@@ -108,3 +108,18 @@ def test_jacobi_decoding_commits_other_counts_to_other_pictures_and_gathers_in_b
     assert torch.equal(list(jacobi(m, run, GUIDANCE["none"], 3))[-1], tokens)
     assert any(len(set(at)) > 1 for at in counts), "all pictures advanced alike: the test shows nothing"
     assert run.memory.ragged
+
+
+def test_addresses_that_hold_other_rows_dont_share_a_mask() -> None:
+    """Two layers may keep equally many rows, but of other steps."""
+    case = Case(previous_only=True)
+    run = case.go(case.start(), until=3)
+    memory, rows = run.memory, run.rows(3, 4)
+    memory.keep_rows("base.0.kv", torch.tensor([[0, 1, 2, 3]]).expand(6, -1))  # steps 0 and 1, hidden by now
+    memory.keep_rows("base.1.kv", torch.tensor([[0, 6, 8, 10]]).expand(6, -1))  # step 0, and 2, which is seen
+    q, k, v = torch.randn(3, 6, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    both = Context(memory, check=True)
+    outputs = [both.attend(f"base.{i}.kv", q, k, v, rows) for i in (0, 1)]
+    memory.begin()
+    assert torch.equal(Context(memory).attend("base.1.kv", q, k, v, rows), outputs[1])
+    assert not torch.equal(outputs[0], outputs[1])

@@ -23,8 +23,8 @@ class Linear(nn.Linear):
         """x (..., in) to (..., out). bias: instead of the layer's own; gelu: then GELU by its tanh approximation."""
         bias = self.bias if bias is None else bias
         if self._packs(x):
-            activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self._blocked(), bias, *activation)
+            name, variant = ("gelu", "tanh") if gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._blocked(), bias, name, [], variant)
         y = F.linear(x, self.weight, bias)
         return F.gelu(y, approximate="tanh") if gelu else y
 

@@ -65,7 +65,8 @@ def lpips_distance() -> nn.Module:
 
 
 def reconstruction_loss(picture: Tensor, output: TrainingOutput, weights: ReconstructionWeights,
-                        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+                        ) -> tuple[Tensor, dict[str, Tensor]]:
     """All terms but the adversarial one; returns the loss and each term by name. Pictures in [-1, 1]."""
     y = output.reconstruction.float()
     terms = {"l1": (picture - y).abs().mean(), "l2": (picture - y).square().mean(),
