@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+SHORT = 256
+"""Keys up to which training on a CPU multiplies out the scores: the fused kernel's backward pass is slower there
+(138 ms against 84 ms of one core for 32 sequences of 130, forward and backward in bf16)."""
+
+
 def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T + mask) v for L queries and N keys of width E a head, (R, H, L, E).
 
@@ -17,8 +22,17 @@ def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, 
     FlexAttention ``BlockMask``. scale defaults to E^-0.5.
     """
     if mask is None or isinstance(mask, Tensor):
+        if q_RHLE.device.type == "cpu" and q_RHLE.requires_grad and k_RHNE.shape[2] <= SHORT:
+            return _explicit(q_RHLE, k_RHNE, v_RHNE, mask, scale)
         return F.scaled_dot_product_attention(q_RHLE, k_RHNE, v_RHNE, attn_mask=mask, scale=scale)
     return _compiled_flex_attention()(q_RHLE, k_RHNE, v_RHNE, block_mask=mask, scale=scale)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    scores = ((q * (q.shape[-1]**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 @functools.lru_cache
