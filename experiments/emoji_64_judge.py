@@ -1,6 +1,6 @@
 """Trains the two classifiers that ship: the judge of the emoji model, and the features of the perceptual distance.
 
-    python experiments/emoji_64_judge.py judge      # about 7 minutes of one CPU core
+    python experiments/emoji_64_judge.py judge      # about 15 minutes of one free CPU core
     python experiments/emoji_64_judge.py features
     python experiments/emoji_64_judge.py judge --measure-only
 
@@ -38,7 +38,7 @@ class Choice:
     steps: int
 
 
-CHOICES = {"judge": Choice(4, (48, 96, 112), (0, 1, 1), 2, 32, 3200),
+CHOICES = {"judge": Choice(4, (48, 96, 112), (0, 1, 1), 2, 32, 6000),
            "features": Choice(2, (32, 64, 80, 96), (0, 1, 2, 1), 1, 64, 1000)}
 
 

@@ -29,7 +29,7 @@ from nextscale.cli.main import app, run
 from nextscale.data.pictures_out import read_settings
 from nextscale.errors import NextscaleError
 from nextscale.generators.var import VARGeneratorConfig
-from nextscale.systems import var
+from nextscale.systems import var, var_published
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
 
@@ -45,7 +45,7 @@ def tiny_config() -> var.VARConfig:
 
 def published_tiny(name: str) -> var.VAR:
     """Stands in for a published size, small enough to convert in a test."""
-    return var.VAR(var.published_config(*published_constructors().values()))
+    return var.VAR(var_published.published_config(*published_constructors().values()))
 
 
 def published_constructors() -> dict[str, dict]:

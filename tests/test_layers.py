@@ -116,3 +116,15 @@ def test_dropped_paths_are_whole_pictures_and_keep_the_mean() -> None:
     assert ((y == 0).all((1, 2)) | (y == 1 / 0.75).all((1, 2))).all()
     assert abs(float(y.mean()) - 1) < 0.04
     assert drop_path(x, 0.25, training=False) is x
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_training_equals_attention_in_sampling(masked: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 9, 4, requires_grad=True) for _ in range(3))
+    mask = torch.rand(1, 1, 9, 9) > 0.4 if masked else None
+    if mask is not None:
+        mask |= torch.eye(9, dtype=torch.bool)
+    trained = attention(q, k, v, mask, 0.7)
+    with torch.no_grad():
+        sampled = attention(q, k, v, mask, 0.7)
+    torch.testing.assert_close(trained, sampled, atol=1e-6, rtol=1e-5)

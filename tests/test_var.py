@@ -13,7 +13,8 @@ from nextscale.errors import InputError, WeightsError
 from nextscale.plan import ALL_PREVIOUS, PREVIOUS_ONLY, Plan, Visibility
 from nextscale.sampling.guidance import ClassifierFree, Unguided
 from nextscale.sampling.score import hidden_states
-from nextscale.systems.var import VAR, load_published, preset_config, published_config
+from nextscale.systems.var import VAR, preset_config
+from nextscale.systems.var_published import load_published, published_config
 from nextscale.tokenizers import pyramid
 
 VARIANTS: dict[str, dict[str, object]] = {

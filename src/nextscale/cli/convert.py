@@ -32,7 +32,7 @@ def convert(
     from nextscale import hub
     from nextscale.data.pictures_out import check_writable, writing_folder
     from nextscale.registry import import_target, models
-    from nextscale.systems import var
+    from nextscale.systems import var, var_published
 
     published = [name for name in models() if options.needs_weights(name)]
     if model not in published:
@@ -46,7 +46,7 @@ def convert(
     system = import_target(models()[model])(model)  # type: ignore[operator]
     for part, file, found in zip(("tokenizer", "generator"), (tokenizer, weights), tensors, strict=True):
         try:
-            var.load_published(system, **{part: found})
+            var_published.load_published(system, **{part: found})
         except WeightsError as error:
             raise WeightsError(f"{file}, read as {model}'s {part}: {error}") from None
     with writing_folder(out) as temporary:

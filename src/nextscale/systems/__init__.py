@@ -12,7 +12,7 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
     from nextscale.devices import choose_device
     from nextscale.errors import InputError, did_you_mean
     from nextscale.registry import import_target, models
-    from nextscale.systems import var
+    from nextscale.systems import var, var_published
 
     target = choose_device(device)
     if Path(name).is_dir():
@@ -25,5 +25,5 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
             raise InputError(f"no model or folder {name!r}{hint}")
         system = import_target(known[name])(name)  # type: ignore[operator]
     if tokenizer is not None or generator is not None:
-        var.load_published(system, tokenizer, generator)
+        var_published.load_published(system, tokenizer, generator)
     return system.to(target).to_precision(precision)

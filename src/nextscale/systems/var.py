@@ -52,7 +52,6 @@ from nextscale.sampling.guidance import Guidance, make_guidance
 from nextscale.sampling.score import LogProb, score
 from nextscale.sampling.steps import sample_steps
 from nextscale.tokenizers import pyramid
-from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 
 Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
@@ -310,13 +309,13 @@ class VAR(nn.Module):
                                     label_smoothing)
 
 
-# Published sizes, settings and weights
+# Published sizes and settings
 
 PLANS = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
          1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
 
 
-def _squares(sides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def squares(sides: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((s, s) for s in sides)
 
 
@@ -326,7 +325,7 @@ def preset_config(name: str) -> VARConfig:
     if name in depths:
         return VARConfig(generator=VARGeneratorConfig.of_depth(depths[name]))
     if name == "var-d36-s":
-        return VARConfig(MultiScaleVQConfig(grids=_squares(PLANS[512])),
+        return VARConfig(MultiScaleVQConfig(grids=squares(PLANS[512])),
                          VARGeneratorConfig.of_depth(36, shared_modulation=True))
     raise InputError(f"unknown VAR size {name!r}{did_you_mean(name, [*depths, 'var-d36-s'])}")
 
@@ -336,71 +335,7 @@ def preset(name: str) -> VAR:
     return VAR(preset_config(name)).eval()
 
 
-TOKENIZER_NAMES: tuple[tuple[str, str | None], ...] = (
-    *((rf"{side}\.{level}\.(\d+)\.block\.(\d+)\.{theirs}\.(weight|bias)", rf"{side}.levels.\1.blocks.\2.{ours}.\3")
-      for side, level in (("encoder", "down"), ("decoder", "up"))
-      for theirs, ours in (("norm1", "norm_in"), ("conv1", "conv_in"), ("norm2", "norm_out"), ("conv2", "conv_out"),
-                           ("nin_shortcut", "shortcut"))),
-    (r"encoder\.down\.(\d+)\.attn\.(\d+)\.(norm|qkv)\.(weight|bias)", r"encoder.levels.\1.attentions.\2.\3.\4"),
-    (r"encoder\.down\.(\d+)\.attn\.(\d+)\.proj_out\.(weight|bias)", r"encoder.levels.\1.attentions.\2.projection.\3"),
-    (r"decoder\.up\.(\d+)\.attn\.(\d+)\.(norm|qkv)\.(weight|bias)", r"decoder.levels.\1.attentions.\2.\3.\4"),
-    (r"decoder\.up\.(\d+)\.attn\.(\d+)\.proj_out\.(weight|bias)", r"decoder.levels.\1.attentions.\2.projection.\3"),
-    (r"encoder\.down\.(\d+)\.downsample\.conv\.(weight|bias)", r"encoder.levels.\1.change.conv.\2"),
-    (r"decoder\.up\.(\d+)\.upsample\.conv\.(weight|bias)", r"decoder.levels.\1.change.conv.\2"),
-    *((rf"(encoder|decoder)\.mid\.block_{i}\.{theirs}\.(weight|bias)", rf"\1.middle.{block}.{ours}.\2")
-      for i, block in ((1, "block_in"), (2, "block_out"))
-      for theirs, ours in (("norm1", "norm_in"), ("conv1", "conv_in"), ("norm2", "norm_out"), ("conv2", "conv_out"))),
-    (r"(encoder|decoder)\.mid\.attn_1\.(norm|qkv)\.(weight|bias)", r"\1.middle.attention.\2.\3"),
-    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.(weight|bias)", r"\1.middle.attention.projection.\2"),
-    (r"(encoder|decoder)\.conv_in\.(weight|bias)", r"\1.input.\2"),
-    (r"(encoder|decoder)\.norm_out\.(weight|bias)", r"\1.norm.\2"),
-    (r"(encoder|decoder)\.conv_out\.(weight|bias)", r"\1.output.\2"),
-    (r"quant_conv\.(weight|bias)", r"to_latent.\1"),
-    (r"post_quant_conv\.(weight|bias)", r"from_latent.\1"),
-    (r"quantize\.embedding\.weight", "quantiser.codebook.weight"),
-    (r"quantize\.quant_resi\.qresi_ls\.(\d+)\.(weight|bias)", r"quantiser.phis.\1.\2"),  # partially shared
-    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantiser.phis.0.\1"),  # shared
-    (r"quantize\.quant_resi\.(\d+)\.(weight|bias)", r"quantiser.phis.\1.\2"),  # one a scale
-    (r"quantize\.ema_vocab_hit_SV", "quantiser.usage_KV"),
-)
-
-GENERATOR_NAMES: tuple[tuple[str, str | None], ...] = (
-    (r"pos_start", "generator.start"),
-    (r"pos_1LC", "generator.position"),
-    (r"lvl_embed\.weight", "generator.level.weight"),
-    (r"word_embed\.(weight|bias)", r"generator.word.\1"),
-    (r"class_emb\.weight", "labels.tables.0.weight"),
-    (r"blocks\.(\d+)\.attn\.scale_mul_1H11", r"generator.blocks.\1.attention.scale_1H11"),
-    (r"blocks\.(\d+)\.attn\.(q_bias|v_bias)", r"generator.blocks.\1.attention.\2"),
-    (r"blocks\.(\d+)\.attn\.mat_qkv\.weight", r"generator.blocks.\1.attention.qkv.weight"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"generator.blocks.\1.attention.projection.\2"),
-    (r"blocks\.(\d+)\.ffn\.fc1\.(weight|bias)", r"generator.blocks.\1.mlp.expand.\2"),
-    (r"blocks\.(\d+)\.ffn\.fc2\.(weight|bias)", r"generator.blocks.\1.mlp.contract.\2"),
-    (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"generator.blocks.\1.modulation.\2"),
-    (r"blocks\.(\d+)\.ada_gss", r"generator.blocks.\1.modulation_offset"),
-    (r"shared_ada_lin\.1\.(weight|bias)", r"generator.shared_modulation.\1"),
-    (r"head_nm\.ada_lin\.1\.(weight|bias)", r"generator.head_modulation.\1"),
-    (r"head\.(weight|bias)", r"head.\1"),
-    (r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias", None),  # derived from the plan here
-)
-
-
-def load_published(system: VAR, tokenizer: Any = None, generator: Any = None) -> VAR:
-    """Fill a VAR with published weights: state dicts, local paths, or ``FoundationVision/var/var_d16.pth`` on the hub.
-
-    Either may be left out. Raises WeightsError naming the tensors that don't fit.
-    """
-    for given, module, names, optional in (
-            (tokenizer, system.tokenizer, TOKENIZER_NAMES, (r"quantiser\.(usage_KV|assigned.*)",)),
-            (generator, _Transformer(system), GENERATOR_NAMES, ())):
-        if given is not None:
-            tensors = given if isinstance(given, dict) else hub.read_tensors(given)
-            where = "state dict" if isinstance(given, dict) else str(given)
-            hub.load_published(module, tensors, names, where, optional)
-    return system
-
-
-class _Transformer(nn.Module):
+class Transformer(nn.Module):
     """What a published transformer file holds: everything of a VAR but its tokenizer."""
 
     def __init__(self, system: VAR):
@@ -408,40 +343,11 @@ class _Transformer(nn.Module):
         self.generator, self.head, self.labels = system.generator, system.head, system.labels
 
 
-def published_config(vae: dict[str, Any], var: dict[str, Any]) -> VARConfig:
-    """The configuration that the published constructors' keyword arguments mean (``VQVAE(...)``, ``VAR(...)``).
-
-    Raises InputError on values that no published checkpoint has and that this library does not build.
-    """
-    for given, name, only in ((vae, "quant_conv_ks", 3), (var, "norm_eps", 1e-6)):
-        if given.get(name, only) != only:
-            raise InputError(f"{name}={given[name]} is not built here; published weights have {only}")
-    phi_ratio = abs(vae.get("quant_resi", 0.5))
-    if phi_ratio <= 1e-6:
-        raise InputError("quant_resi=0, a tokenizer without phi, is not built here; published weights have 0.5")
-    phi_count = vae.get("share_quant_resi", 4)
-    if phi_count == 0:  # one phi a scale, unless their number is given
-        phi_count = vae.get("default_qresi_counts", 0)
-    grids = _squares(vae.get("v_patch_nums") or var.get("patch_nums") or PLANS[256])
-    if "patch_nums" in var and _squares(var["patch_nums"]) != grids:
-        raise InputError(f"patch_nums {tuple(var['patch_nums'])} of the transformer and v_patch_nums "
-                         f"{tuple(h for h, _ in grids)} of the tokenizer must be the same")
-    tokenizer = MultiScaleVQConfig(
-        AutoencoderConfig(width=vae.get("ch", 128), latent_width=vae.get("z_channels", 32)), grids,
-        vocabulary=vae.get("vocab_size", 4096), phi_count=phi_count, phi_ratio=phi_ratio,
-        cosine=vae.get("using_znorm", False), commitment=vae.get("beta", 0.25))
-    generator = VARGeneratorConfig(
-        depth=var.get("depth", 16), width=var.get("embed_dim", 1024), heads=var.get("num_heads", 16),
-        mlp_ratio=var.get("mlp_ratio", 4.0), shared_modulation=var.get("shared_aln", False),
-        l2_attention=var.get("attn_l2_norm", False), drop_path=var.get("drop_path_rate", 0.0))
-    return VARConfig(tokenizer, generator, (var.get("num_classes", 1000),))
-
-
 # Models of this project
 
 def save(system: VAR, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``config.json``, ``tokenizer.safetensors`` and ``generator.safetensors`` into a folder."""
-    for name, module in (("tokenizer", system.tokenizer), ("generator", _Transformer(system))):
+    for name, module in (("tokenizer", system.tokenizer), ("generator", Transformer(system))):
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in module.state_dict().items()}
         hub.save_tensors(tensors, folder / f"{name}.safetensors", {"system": "var", "part": name})
     hub.save_json({"system": "var", **asdict(system.config)}, folder / "config.json")
@@ -463,7 +369,7 @@ def load(folder: Path, precision: str = "fp32") -> VAR:
     except Exception as error:  # sizes that cannot be, which every layer refuses in a way of its own
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{folder / 'config.json'} doesn't describe a model ({reason})") from None
-    for name, module in (("tokenizer", system.tokenizer), ("generator", _Transformer(system))):
+    for name, module in (("tokenizer", system.tokenizer), ("generator", Transformer(system))):
         path = folder / f"{name}.safetensors"
         tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
         hub.load_published(module, tensors, ((r"(.*)", r"\1"),), str(path))
