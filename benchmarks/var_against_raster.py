@@ -33,7 +33,7 @@ from nextscale.canvas import Codec
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.devices import choose_device
 from nextscale.errors import NextscaleError
-from nextscale.generators.var import VARGenerator
+from nextscale.generators.var import Block, VARGenerator
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.layers.resize import ResizeRule
 from nextscale.noise import Keyed
@@ -92,7 +92,7 @@ class TokenModel(nn.Module):
         run = Run.start(self.plan, self.codec, condition, GUIDANCE.branches, noise, pictures, device)
         if self.order is not None:
             run.order = self.order.to(device)
-        for run in sample_steps(self, run, GUIDANCE, until=until):
+        for _ in sample_steps(self, run, GUIDANCE, until=until):
             pass
         return run
 
@@ -105,12 +105,10 @@ def contestants(config: VARConfig) -> dict[str, TokenModel]:
     """
     plan, latent_width = config.tokenizer.plan, config.tokenizer.autoencoder.latent_width
     var = TokenModel(config, plan, MultiScaleQuantiser(config.tokenizer))
-    cells = grid_cells(Step(plan.grid))
-    raster = TokenModel(dataclasses.replace(config, generator=dataclasses.replace(config.generator, depth=0)),
-                        Plan.scales([1] * len(cells)), LastToken(config.tokenizer.vocabulary, latent_width), cells[None])
-    raster.config, raster.generator.config = var.config, var.generator.config
-    raster.generator.blocks, raster.generator.head_modulation = var.generator.blocks, var.generator.head_modulation
-    raster.generator.shared_modulation = var.generator.shared_modulation
+    cells, codec = grid_cells(Step(plan.grid)), LastToken(config.tokenizer.vocabulary, latent_width)
+    raster = TokenModel(config, Plan.scales([1] * len(cells)), codec, cells[None])
+    for name in ("blocks", "head_modulation", "shared_modulation"):
+        setattr(raster.generator, name, getattr(var.generator, name))
     raster.head, raster.labels = var.head, var.labels
     return {"raster": raster.eval(), "var": var.eval()}
 
@@ -146,6 +144,7 @@ def products_alone(model: TokenModel, pictures: int, now: Callable[[], float]) -
 
         def once(x: Tensor = x, wide: Tensor = wide) -> float:
             for block in model.generator.blocks:
+                assert isinstance(block, Block)
                 block.attention.qkv(x, block.mlp.contract.bias.repeat(3))
                 block.attention.projection(x)
                 block.mlp.expand(x)
@@ -210,8 +209,8 @@ def report(result: dict[str, Any]) -> str:
                      f"{result['products_alone'][name]:14.3f} s{result['seconds'][name]:9.3f}"
                      f"  {lowest:.3f} to {highest:.3f}")
     passes, work = ([result[key][name] for name in NAMES] for key in ("passes", "flops"))
-    lines += ["", f"raster against var: {passes[0] / passes[1]:.1f} times the passes, {work[0] / work[1]:.2f} times the "
-                  f"arithmetic, {result['ratio']:.2f} times the time"]
+    lines += ["", f"raster against var: {passes[0] / passes[1]:.1f} times the passes, {work[0] / work[1]:.2f} times "
+                  f"the arithmetic, {result['ratio']:.2f} times the time"]
     return "\n".join(lines)
 
 

@@ -362,7 +362,7 @@ BAD_LINES = [
     ("generate --model ../../etc/passwd --out a.png", "no model or folder"),
     ("generate --model . --out a.png", "config.json"),
     ("generate --model var-d16 --out a.png", "comes without weights"),
-    ("generate --model var-d16 --weights no.pth --tokenizer-weights no.pth --out a.png", "no weights file at no.pth"),
+    ("generate --model var-d16 --weights no.pth --tokenizer-weights no.pth --out a.png", "no weights file at 'no.pth'"),
     ("generate --model {model} --weights {picture} --out a.png", "can't be read as weights"),
     ("generate --model {model} --device tpu --out a.png", "device"),
     ("generate --model {model} --device cuda:99 --out a.png", "device"),
