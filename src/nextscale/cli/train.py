@@ -47,7 +47,8 @@ def tokenizer(
       nextscale train tokenizer --data photos/ --out runs/tokenizer --resume
       nextscale train tokenizer --recipe mine.toml --set train.steps=2000 --out runs/short
     """
-    from nextscale.training.recipes import read_recipe, train_tokenizer
+    from nextscale.training.recipes import read_recipe
+    from nextscale.training.tokenizer_recipe import train_tokenizer
 
     _train(train_tokenizer, read_recipe(recipe), _changes(data, set_), out, resume, out / "tokenizer")
 
@@ -71,7 +72,8 @@ def generator(
       nextscale train generator --data photos/ --tokenizer runs/tokenizer/tokenizer --out runs/generator
       nextscale generate --model runs/generator/model --out out/mine.png
     """
-    from nextscale.training.recipes import read_recipe, train_generator
+    from nextscale.training.generator_recipe import train_generator
+    from nextscale.training.recipes import read_recipe
 
     changes = _changes(data, set_)
     if tokenizer is not None:

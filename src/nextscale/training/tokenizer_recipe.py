@@ -1,0 +1,80 @@
+"""Training a tokenizer by a recipe, into a folder of its own that a generator's training reads."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nextscale import hub
+from nextscale.configuration import build
+from nextscale.data import PictureDataset
+from nextscale.objectives.reconstruction import FeatureDistance, lpips_distance
+from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from nextscale.training.config import TrainConfig
+from nextscale.training.recipes import DataRecipe, check_size, open_splits, train_on
+from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
+from nextscale.training.trainer import TrainResult
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """A tokenizer's recipe. perceptual: ``emoji`` for the shipped classifier's features, ``lpips`` for the published
+    one (extra ``eval-published``), or ``none``; threads: of the processor, 0 for all."""
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    perceptual: Literal["emoji", "lpips", "none"] = "none"
+    threads: int = 0
+
+
+def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) -> TrainResult:
+    """Train a tokenizer into ``out`` and write ``out/tokenizer/``. Raises InputError on wrong keys and values."""
+    wanted = build(TokenizerTraining, recipe, "recipe")
+    check_size(wanted.tokenizer.model, wanted.data)
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    dataset, held_out = open_splits(wanted.data)
+    perceptual = _perceptual(wanted.perceptual)
+    examples = None if held_out is None else _pictures(held_out, wanted.data.held_out)
+    torch.manual_seed(wanted.train.seed)
+    task = TokenizerTask(wanted.tokenizer, perceptual, examples)
+    trainer, result = train_on(task, dataset, wanted.data, wanted.train, out, resume)
+    tokenizer = trainer.averaged_modules()["tokenizer"]
+    assert isinstance(tokenizer, MultiScaleVQ)
+    save_tokenizer(tokenizer, out / "tokenizer")
+    return result
+
+
+def save_tokenizer(tokenizer: MultiScaleVQ, folder: Path) -> None:
+    """Write a tokenizer's configuration and weights (float32) into a folder."""
+    hub.save_tensors(tokenizer.state_dict(), folder / "tokenizer.safetensors")
+    hub.save_json(asdict(tokenizer.config), folder / "config.json")
+
+
+def load_tokenizer(folder: Path) -> MultiScaleVQ:
+    """A tokenizer that ``save_tokenizer`` wrote, or a model's. Raises WeightsError where there is none."""
+    config = hub.read_json(folder / "config.json")
+    tokenizer = MultiScaleVQ(build(MultiScaleVQConfig, config.get("tokenizer", config), str(folder / "config.json")))
+    path = folder / "tokenizer.safetensors"
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
+    hub.load_published(tokenizer, tensors, ((r"(.*)", r"\1"),), str(path))
+    return tokenizer.eval()
+
+
+def _perceptual(name: str) -> torch.nn.Module | None:
+    if name == "none":
+        return None
+    if name == "lpips":
+        return lpips_distance()
+    from nextscale.tokenizers.features import load_features
+
+    return FeatureDistance(load_features())
+
+
+def _pictures(dataset: PictureDataset, count: int) -> torch.Tensor:
+    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    return torch.stack([dataset[i].picture for i in places]).float() / 127.5 - 1
