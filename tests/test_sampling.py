@@ -202,6 +202,15 @@ def test_the_last_preview_is_the_picture(system: VAR) -> None:
     assert not torch.equal(previews[0].images, previews[-1].images)
 
 
+def test_a_stream_takes_seeds_and_guidance_as_generate_does(system: VAR) -> None:
+    given = {"seeds": [9, 4], "guidance": ClassifierFree(2.0, "constant"), "output": "torch"}
+    *_, last = system.stream([0, 1], **given)
+    drawn = system.generate([0, 1], **given)
+    assert same(last.run.tokens, drawn.tokens) and torch.equal(last.images, drawn.images)
+    *_, plain = system.stream([0, 1], seeds=[9, 4], output="torch")
+    assert not same(last.run.tokens, plain.run.tokens)
+
+
 def test_a_preview_is_what_its_tokens_decode_to(system: VAR) -> None:
     for preview in system.stream([1], seed=4, output="torch"):
         assert torch.equal(preview.images, system.decode(preview.run.tokens))

@@ -8,6 +8,7 @@ import torch
 from tiny import GRIDS, emoji, empty_canvas, labels, random_tokens, start, step_logits, tiny_var
 from torch import Tensor
 
+import nextscale
 from nextscale.conditions.class_label import ClassCondition
 from nextscale.errors import InputError, WeightsError
 from nextscale.plan import ALL_PREVIOUS, PREVIOUS_ONLY, Plan, Visibility
@@ -312,6 +313,14 @@ def test_published_constructor_arguments_become_a_configuration() -> None:
 def test_unknown_sizes_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(InputError, match="var-d16"):
         preset_config("var-d17")
+
+
+def test_small_sizes_draw_and_have_the_same_weights_every_time() -> None:
+    first, again = nextscale.load("var-d2-16px"), nextscale.load("var-d2-16px")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert first.generate(3, seed=1).images[0].size == (16, 16)
+    with torch.device("meta"):
+        assert VAR(preset_config("var-d6-64px")).tokenizer.picture_size == (64, 64)
 
 
 def test_stochastic_depth_and_widths_follow_the_published_rule() -> None:

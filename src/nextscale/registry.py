@@ -62,6 +62,8 @@ _MODELS = {
     "var-d24": "nextscale.systems.var:preset",
     "var-d30": "nextscale.systems.var:preset",
     "var-d36-s": "nextscale.systems.var:preset",
+    "var-d6-64px": "nextscale.systems.var:untrained",
+    "var-d2-16px": "nextscale.systems.var:untrained",
     "emoji-64": "nextscale.systems.var:shipped",
 }
 

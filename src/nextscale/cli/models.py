@@ -27,7 +27,7 @@ def list_models(
     if name is not None:
         _show(name)
         return
-    rows = [("model", "parameters", "pictures", "weights"), *(_row(name) for name in sorted(models()))]
+    rows = [("model", "parameters", "pictures", "weights"), *(_row(name) for name in models())]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         typer.echo("  ".join([*(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=False)), row[3]]))
@@ -48,7 +48,8 @@ def _config(name: str) -> VARConfig | None:
         raise InputError(f"no model or folder {name!r}{hint}")
     if target.endswith(":shipped"):
         return var.read_config(var.shipped_folder(name))
-    return var.preset_config(name) if target.endswith("systems.var:preset") else None
+    ours = target.startswith("nextscale.systems.var:")
+    return var.preset_config(name) if ours else None
 
 
 def _row(name: str) -> tuple[str, str, str, str]:
@@ -64,8 +65,11 @@ def _row(name: str) -> tuple[str, str, str, str]:
         return name, "", "", f"another package's ({models()[name]})"
     side = config.tokenizer.autoencoder.factor
     height, width = (side * n for n in config.tokenizer.grids[-1])
-    published = "published files: --weights, --tokenizer-weights, or convert"
-    return name, _millions(config), f"{width}x{height}", published if needs_weights(name) else "come with the package"
+    if needs_weights(name):
+        weights = "published files: --weights, --tokenizer-weights, or convert"
+    else:
+        weights = "come with the package" if models()[name].endswith(":shipped") else "none: for training and tests"
+    return name, _millions(config), f"{width}x{height}", weights
 
 
 def _show(name: str) -> None:

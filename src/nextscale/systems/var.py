@@ -52,6 +52,7 @@ from nextscale.sampling.guidance import Guidance, make_guidance
 from nextscale.sampling.score import LogProb, score
 from nextscale.sampling.steps import sample_steps
 from nextscale.tokenizers import pyramid
+from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 
 Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
@@ -222,14 +223,14 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
-               purpose: str = "pictures", hooks: Sequence[Hook] = (), output: OutputKind = "pil",
-               **settings: Any) -> Iterator[Preview]:
-        """The same step by step: a preview after every step, the last one is the picture."""
+               seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
+               hooks: Sequence[Hook] = (), output: OutputKind = "pil", **settings: Any) -> Iterator[Preview]:
+        """The same step by step, all pictures in one batch: a preview after every step, the last is the picture."""
         check_output(output)
         rows = self.label_rows(labels, count)
         used = self.settings_for(purpose, settings)
-        noise = Keyed.from_seeds(picture_seeds(len(rows), seed, None), self.device)
-        for run in self._steps(rows, noise, used, None, hooks):
+        noise = Keyed.from_seeds(picture_seeds(len(rows), seed, seeds), self.device)
+        for run in self._steps(rows, noise, used, guidance, hooks):
             yield Preview(run.cursor - 1, len(self.plan), convert(self.tokenizer.decode(run.canvas), output), run)
 
     def settings_for(self, purpose: str, changes: dict[str, Any]) -> Settings:
@@ -319,20 +320,40 @@ def squares(sides: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((s, s) for s in sides)
 
 
+SMALL = {
+    "var-d6-64px": VARConfig(
+        MultiScaleVQConfig(AutoencoderConfig(32, (1, 2, 4, 6), 1, 2, 32, 32, "middle"), squares((1, 2, 3, 4, 6, 8))),
+        VARGeneratorConfig(6, 256, 4, shared_modulation=True)),
+    "var-d2-16px": VARConfig(
+        MultiScaleVQConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"), squares((1, 2, 3, 4)), 32),
+        VARGeneratorConfig.of_depth(2), (10,)),
+}
+
+
 def preset_config(name: str) -> VARConfig:
-    """The configuration of a published size: var-d16, var-d20, var-d24, var-d30 (256 px), var-d36-s (512 px)."""
+    """The configuration of a published size, var-d16, var-d20, var-d24, var-d30 (256 px) or var-d36-s (512 px), or of
+    a small one of this project: var-d6-64px, the size of emoji-64, and var-d2-16px, for trying code in a second."""
     depths = {"var-d16": 16, "var-d20": 20, "var-d24": 24, "var-d30": 30}
     if name in depths:
         return VARConfig(generator=VARGeneratorConfig.of_depth(depths[name]))
+    if name in SMALL:
+        return SMALL[name]
     if name == "var-d36-s":
         return VARConfig(MultiScaleVQConfig(grids=squares(PLANS[512])),
                          VARGeneratorConfig.of_depth(36, shared_modulation=True))
-    raise InputError(f"unknown VAR size {name!r}{did_you_mean(name, [*depths, 'var-d36-s'])}")
+    raise InputError(f"unknown VAR size {name!r}{did_you_mean(name, [*depths, 'var-d36-s', *SMALL])}")
 
 
 def preset(name: str) -> VAR:
     """A VAR of a published size with random weights; ``load_published`` fills it."""
     return VAR(preset_config(name)).eval()
+
+
+def untrained(name: str) -> VAR:
+    """A VAR of a small size of this project, initialised for training, with the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VAR(SMALL[name]).initialise().eval()
 
 
 class Transformer(nn.Module):
