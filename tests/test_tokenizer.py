@@ -218,6 +218,30 @@ def test_some_dozens_of_steps_on_real_pictures_lower_the_loss(codebook_update: s
     assert float(psnr(pictures, reconstruct(task.tokenizer.eval(), pictures)).mean()) > 8
 
 
+def test_training_the_decoder_alone_lowers_the_loss_and_leaves_every_code_as_it_was() -> None:
+    torch.manual_seed(0)
+    tokenizer = MultiScaleVQ(MultiScaleVQConfig(AUTOENCODER, GRIDS, 32, codebook_update="ema"))
+    pictures = emoji(32)
+    before = tokenizer.eval().encode(pictures)
+    task = TokenizerTask(TokenizerRecipe(tokenizer.config, revive_every=1), codes_of=tokenizer)
+    optimiser = torch.optim.AdamW(task.parameter_groups("main", 0.01), lr=3e-3)
+    losses = []
+    tokenizer.train()
+    for step in range(12):
+        at = TrainingStep(step, 12, step / 12, 0, 0)
+        loss, _ = task.loss("main", {"picture": pictures[step % 2 * 16:][:16]}, at)
+        assert loss is not None
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        task.after_step(at)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    after = tokenizer.eval().encode(pictures)
+    assert all(torch.equal(a, b) for a, b in zip(before.tokens, after.tokens, strict=True))
+    assert torch.equal(before.canvas.value, after.canvas.value)
+
+
 SHIPPED = files("nextscale").joinpath("weights").joinpath("emoji-64")
 
 

@@ -259,6 +259,14 @@ class MultiScaleVQ(nn.Module):
         return TrainingOutput(picture_out, found.tokens, torch.stack(commitment).mean(),
                               torch.stack(codebook).mean(), residuals_NC)
 
+    def decode_only(self, picture: Tensor) -> TrainingOutput:
+        """Training pass of the decoder alone: codes and canvas get no gradient, and the latent losses are 0."""
+        with torch.no_grad():
+            found = self.encode(picture)
+        none = picture.new_zeros(())
+        return TrainingOutput(self.decoder(self.from_latent(found.canvas.value)), found.tokens, none, none,
+                              found.canvas.value.new_zeros(0, self.config.autoencoder.latent_width))
+
     def _check(self, picture: Tensor, plan: Plan) -> None:
         factor = self.config.autoencoder.factor
         if picture.ndim != 4 or picture.shape[1] != 3:

@@ -44,12 +44,21 @@ class TokenizerTask:
     """Trains a :class:`MultiScaleVQ`; with an adversarial weight, a patch discriminator beside it.
 
     perceptual: frozen module that measures a distance of two pictures; held_out: pictures (N, 3, S, S') that sample
-    sheets reconstruct, each beside its original.
+    sheets reconstruct, each beside its original. codes_of: a trained tokenizer whose codes stay as they are while its
+    decoder alone is trained on, so that generators of these codes go on working.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, perceptual: nn.Module | None = None, held_out: Tensor | None = None):
+    def __init__(self, recipe: TokenizerRecipe, perceptual: nn.Module | None = None, held_out: Tensor | None = None,
+                 codes_of: MultiScaleVQ | None = None):
         self.recipe, self.perceptual, self.held_out = recipe, perceptual, held_out
-        self.tokenizer = MultiScaleVQ(recipe.model)
+        self.codes_stay = codes_of is not None
+        self.tokenizer = codes_of or MultiScaleVQ(recipe.model)
+        self.trained: list[nn.Module] = [self.tokenizer]
+        if self.codes_stay:
+            self.trained = [self.tokenizer.from_latent, self.tokenizer.decoder]
+            self.tokenizer.requires_grad_(False)
+            for part in self.trained:
+                part.requires_grad_(True)
         self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if perceptual is not None:
             perceptual.eval().requires_grad_(False)
@@ -67,7 +76,7 @@ class TokenizerTask:
             return decay_groups([self.discriminator], weight_decay)
         if self.recipe.model.codebook_update == "ema":
             self.tokenizer.quantiser.codebook.weight.requires_grad_(False)
-        return decay_groups([self.tokenizer], weight_decay)
+        return decay_groups(self.trained, weight_decay)
 
     def averaged(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}
@@ -76,7 +85,8 @@ class TokenizerTask:
         if phase == "discriminator":
             return self._discriminator_loss(at)
         picture, weights = batch["picture"], self.recipe.weights
-        output = self.tokenizer(picture.contiguous(memory_format=torch.channels_last))
+        picture = picture.contiguous(memory_format=torch.channels_last)
+        output = self.tokenizer.decode_only(picture) if self.codes_stay else self.tokenizer(picture)
         self._residuals_NC = output.residuals_NC
         loss, terms = reconstruction_loss(picture, output, weights, self.perceptual)
         weight = adversarial_weight(weights, at.progress)
@@ -97,8 +107,8 @@ class TokenizerTask:
     def after_step(self, at: TrainingStep) -> Metrics:
         recipe, quantiser = self.recipe, self.tokenizer.quantiser
         revived = 0
-        if (recipe.revive_every and self._residuals_NC is not None and at.progress < recipe.revive_until
-                and at.step % recipe.revive_every == 0):
+        due = recipe.revive_every and at.step % recipe.revive_every == 0 and at.progress < recipe.revive_until
+        if due and not self.codes_stay and self._residuals_NC is not None:
             revived = quantiser.revive(self._residuals_NC, recipe.revive_below)
         if at.step % 20:
             return {"revived": float(revived)}

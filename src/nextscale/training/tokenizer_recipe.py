@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,15 @@ from nextscale.training.trainer import TrainResult
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """A tokenizer's recipe. perceptual: ``emoji`` for the shipped classifier's features, ``lpips`` for the published
-    one (extra ``eval-published``), or ``none``; threads: of the processor, 0 for all."""
+    """A tokenizer's recipe. codes_of: folder of a trained tokenizer whose codes stay while its decoder alone is trained
+    on (its configuration takes the place of ``tokenizer.model``); perceptual: ``emoji`` for the shipped classifier's
+    features, ``lpips`` for the published one (extra ``eval-published``), or ``none``; threads: of the processor, 0 for
+    all."""
 
     data: DataRecipe = field(default_factory=DataRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     train: TrainConfig = field(default_factory=TrainConfig)
+    codes_of: str = ""
     perceptual: Literal["emoji", "lpips", "none"] = "none"
     threads: int = 0
 
@@ -34,6 +37,9 @@ class TokenizerTraining:
 def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) -> TrainResult:
     """Train a tokenizer into ``out`` and write ``out/tokenizer/``. Raises InputError on wrong keys and values."""
     wanted = build(TokenizerTraining, recipe, "recipe")
+    codes_of = load_tokenizer(Path(wanted.codes_of)) if wanted.codes_of else None
+    if codes_of is not None:
+        wanted = replace(wanted, tokenizer=replace(wanted.tokenizer, model=codes_of.config))
     check_size(wanted.tokenizer.model, wanted.data)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
@@ -41,7 +47,7 @@ def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     perceptual = _perceptual(wanted.perceptual)
     examples = None if held_out is None else _pictures(held_out, wanted.data.held_out)
     torch.manual_seed(wanted.train.seed)
-    task = TokenizerTask(wanted.tokenizer, perceptual, examples)
+    task = TokenizerTask(wanted.tokenizer, perceptual, examples, codes_of)
     trainer, result = train_on(task, dataset, wanted.data, wanted.train, out, resume)
     tokenizer = trainer.averaged_modules()["tokenizer"]
     assert isinstance(tokenizer, MultiScaleVQ)
