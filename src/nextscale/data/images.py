@@ -8,21 +8,37 @@ answers anything broken with one :class:`~nextscale.errors.InputError` line.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from nextscale.data.crops import CROP_AREA, MIDDLE, Crop, least_size, resize_crop
 from nextscale.errors import InputError
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "Crop",
+    "check_header",
+    "open_fitted",
+    "open_image",
+    "picture_size",
+    "resize_crop",
+    "to_pil",
+    "to_tensor",
+    "to_uint8",
+]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 50_000_000
-
-Crop = Literal["center", "pad"]
+_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def _open_header(source: str | Path | bytes, max_pixels: int, name: str) -> Image.Image:
@@ -76,25 +92,90 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
     Raises:
         InputError: missing, not a picture, of an unknown format, too large, truncated or corrupt.
     """
-    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    return _decode(source, max_pixels, _name(source, name))[0]
+
+
+def open_fitted(
+    source: str | Path | bytes,
+    size: int | tuple[int, int],
+    crop: Crop = "center",
+    draws: Sequence[float] = MIDDLE,
+    crop_area: float = CROP_AREA,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
+    """``resize_crop(open_image(source), size, ...)``, with large JPEGs decoded at a half, quarter or eighth.
+
+    JPEG can be decoded at these sizes for a fraction of the time. What is decoded is never smaller than twice what
+    the crop ends at, so the result differs from that of the whole picture by less than the JPEG itself lost.
+
+    Args:
+        source, max_pixels, name: see :func:`open_image`.
+        size, crop, draws, crop_area: see :func:`resize_crop`; ``adm`` is never reduced.
+
+    Raises:
+        InputError: as :func:`open_image` and :func:`resize_crop`.
+    """
+    target = (size, size) if isinstance(size, int) else size
+
+    def least(width: int, height: int) -> tuple[int, int]:
+        return least_size(width, height, target, crop, draws, crop_area)
+
+    image, full = _decode(source, max_pixels, _name(source, name), least)
+    return resize_crop(image, target, crop, draws, crop_area, full)
+
+
+def _name(source: str | Path | bytes, name: str | None) -> str:
+    return name or ("the picture" if isinstance(source, bytes) else str(source))
+
+
+def _decode(
+    source: str | Path | bytes,
+    max_pixels: int,
+    name: str,
+    least: Callable[[int, int], tuple[int, int]] | None = None,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Upright RGB, and the full (width, height) of the upright picture."""
     image = _open_header(source, max_pixels, name)
     try:
         with image:
+            full = _upright_size(image)
+            if least is not None and image.format in ("JPEG", "MPO"):
+                need = least(*full)
+                image.draft(image.mode, need if full == image.size else need[::-1])
             image.load()
             upright = _upright(image)
             if upright.mode == "F":
                 raise ValueError("floating-point pictures have no agreed range of values")
-            return _to_rgb(upright)
+            return _to_rgb(upright), full
     except MemoryError:
         raise InputError(f"{name} does not fit into memory; make it smaller first") from None
     except Exception as error:
         raise InputError(f"{name} is broken ({_reason(error)}); save it again or leave it out") from None
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) after the camera's rotation, from the header."""
+    width, height = image.size
+    # Pillow decodes a whole PNG to look for EXIF behind the pixels; before them it is in info.
+    if image.format == "PNG" and "exif" not in image.info:
+        return width, height
+    try:
+        sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+    except Exception:
+        sideways = False
+    return (height, width) if sideways else (width, height)
+
+
+def picture_size(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header; raises InputError as :func:`check_header` does."""
+    with _open_header(source, max_pixels, _name(source, name)) as image:
+        return _upright_size(image)
+
+
 def check_header(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> None:
     """Raises :class:`InputError` where :func:`open_image` would refuse from the header alone; decodes nothing."""
-    name = name or ("the picture" if isinstance(source, bytes) else str(source))
-    _open_header(source, max_pixels, name).close()
+    _open_header(source, max_pixels, _name(source, name)).close()
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -103,31 +184,6 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:
         # A damaged EXIF block says nothing about the pixels: keep the picture as it is stored.
         return image
-
-
-def resize_crop(image: Image.Image, size: int | tuple[int, int], crop: Crop = "center") -> Image.Image:
-    """Fits a picture to ``size`` without changing its proportions.
-
-    Args:
-        image: any picture.
-        size: side in pixels, or (height, width).
-        crop: ``center`` scales until the picture covers the size and cuts the middle out;
-            ``pad`` scales until it fits inside and fills up with white (nothing is cut off).
-
-    Raises:
-        InputError: a size below 1 or an unknown ``crop``.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise InputError(f"picture size {height}x{width} must be at least 1x1")
-    if image.size == (width, height):
-        return image
-    if crop == "center":
-        return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
-    if crop == "pad":
-        white = 255 if image.mode == "L" else (255, 255, 255)
-        return ImageOps.pad(image, (width, height), method=Image.Resampling.LANCZOS, color=white)
-    raise InputError(f"unknown crop {crop!r}; use 'center' or 'pad'")
 
 
 def to_uint8(image: Image.Image) -> Tensor:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nextscale.data.datasets import PictureDataset
 from nextscale.data.orders import Order, mix
@@ -21,14 +21,23 @@ _FLIP = 0xF11B
 class Loader:
     """Batches of a data set in a given order; batch ``step`` is a pure function of (data set, order, seed, step).
 
+    So any step can be asked for at once (an exact resume in mid-epoch keeps no state), and the union of what all
+    ranks read is the same batch whatever their number: each takes its slice of it.
+
     Args:
         dataset: the pictures.
         order: which of them a step sees.
-        batch_size: pictures B a step, at least 1.
+        batch_size: pictures B a step over all ranks, at least 1.
         start_step: where :meth:`__iter__` begins.
-        flip: mirror left to right every other time, decided by (seed, epoch, id).
-        seed: for flips only; the order has its own.
+        flip: mirror left to right every other time, decided by (seed, epoch, id); not where the data set says that
+            left and right matter.
+        seed: of flips and random crops; the order has its own.
         workers: threads that prepare batches (decoding leaves Python's lock, so threads do).
+        rank, ranks: this process takes slice ``rank`` of ``ranks`` of each batch.
+        captions: batches have ``caption``.
+
+    Raises:
+        InputError: sizes below 1, ranks that don't divide the batch, captions of a set that has none.
     """
 
     def __init__(
@@ -40,40 +49,64 @@ class Loader:
         flip: bool = False,
         seed: int = 0,
         workers: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        captions: bool = False,
     ) -> None:
         if batch_size < 1 or workers < 1:
             raise InputError(f"batch_size ({batch_size}) and workers ({workers}) must be at least 1")
+        if not 0 <= rank < ranks or batch_size % ranks:
+            raise InputError(f"batch_size ({batch_size}) must be a multiple of ranks ({ranks}), rank ({rank}) below it")
+        if captions and not dataset.has_captions:
+            raise InputError(f"{dataset.source.name} has no captions; add them or leave captions out")
         self.dataset, self.order, self.batch_size, self.start_step = dataset, order, batch_size, start_step
-        self.flip, self.seed, self.workers = flip, seed, workers
+        self.flip, self.seed, self.workers = flip and not dataset.left_right_matters, seed, workers
+        self.rank, self.ranks, self.captions = rank, ranks, captions
 
-    def batch_at(self, step: int) -> dict[str, Tensor]:
-        """Batch number ``step``, from 0.
+    def shard(self, rank: int, ranks: int) -> Loader:
+        """The same batches, of each of which this process takes its slice."""
+        return Loader(
+            self.dataset, self.order, self.batch_size, self.start_step, self.flip, self.seed, self.workers, rank,
+            ranks, self.captions,
+        )  # fmt: skip
+
+    def batch_at(self, step: int) -> dict[str, Any]:
+        """This rank's slice of batch number ``step``, from 0.
 
         Returns:
-            ``picture`` float (B, 3, H, W) in [-1, 1]; ``labels`` long (B, n); ``id`` and ``epoch`` long (B,); and
-            ``alpha`` float (B, 1, H, W) in [0, 1] where the set has masks.
+            ``picture`` float (B, 3, H, W) in [-1, 1]; ``labels`` long (B, n); ``id`` and ``epoch`` long (B,);
+            ``alpha`` float (B, 1, H, W) in [0, 1] where the set has masks; ``caption``, a list of B texts (empty
+            where there is none), where asked for. B is the batch over ``ranks``, H and W the step's bucket's.
         """
         positions, epochs = self.order.batch(step, self.batch_size)
+        share = self.batch_size // self.ranks
+        here = slice(self.rank * share, (self.rank + 1) * share)
+        positions, epochs = positions[here], epochs[here]
         # NumPy and not torch: its single thread leaves the cores to the training step.
-        pixels, places = self.dataset.read(positions.numpy())
+        pixels, places = self.dataset.read(positions.numpy(), epochs.numpy(), self.seed)
         ids = self.dataset.rows[places]
         if self.flip:
             mirrored = (mix(self.seed, _FLIP, epochs.numpy(), ids) & np.uint64(1)).astype(bool)
             pixels[mirrored] = pixels[mirrored][..., ::-1]
-        batch = {
-            "picture": torch.from_numpy(pixels[:, :3].astype(np.float32) / np.float32(127.5) - np.float32(1.0)),
+        picture = pixels[:, :3].astype(np.float32)
+        picture /= np.float32(127.5)
+        picture -= np.float32(1.0)
+        batch: dict[str, Any] = {
+            "picture": torch.from_numpy(picture),
             "labels": self.dataset.labels[torch.from_numpy(places)],
             "id": torch.from_numpy(ids.astype(np.int64)),
             "epoch": epochs,
         }
         if self.dataset.has_alpha:
             batch["alpha"] = torch.from_numpy(pixels[:, 3:].astype(np.float32) / np.float32(255.0))
+        if self.captions:
+            batch["caption"] = [self.dataset.caption(place) or "" for place in places.tolist()]
         return batch
 
-    def batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
         """Batches ``start_step``, ``start_step + 1``, ... without end, a few prepared ahead."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="nextscale-loader") as pool:
-            ahead: deque[Future[dict[str, Tensor]]] = deque()
+            ahead: deque[Future[dict[str, Any]]] = deque()
             try:
                 for step in count(start_step):
                     ahead.append(pool.submit(self.batch_at, step))
@@ -83,5 +116,5 @@ class Loader:
                 for future in ahead:
                     future.cancel()
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches(self.start_step)
