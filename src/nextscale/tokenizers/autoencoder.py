@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.errors import InputError
 from nextscale.layers.norms import GroupNorm
 
 
@@ -22,7 +24,12 @@ class AutoencoderConfig:
     width: channels of the finest level (a multiple of ``groups``); multipliers: channels of each level as a multiple
     of ``width``, finest first; encoder_blocks, decoder_blocks: residual blocks a level; latent_width: channels of the
     latent; groups: of every group normalisation; attention: self-attention at the coarsest level, in the middle of
-    the network (``"middle"``), and after every block of that level too (``"level"``, as VAR has it).
+    the network (``"middle"``), after every block of that level too (``"level"``, as VAR and LlamaGen have it), or
+    nowhere (``"none"``, Infinity). feature_width: channels that the networks hand over to the convolutions around
+    the latent, 0 for ``latent_width`` itself; latent_kernel: size of those two convolutions, 3 (VAR), 1 (LlamaGen),
+    or 0 for none (Infinity).
+
+    Raises InputError on sizes that don't fit each other.
     """
 
     width: int = 160
@@ -31,7 +38,28 @@ class AutoencoderConfig:
     decoder_blocks: int = 3
     latent_width: int = 32
     groups: int = 32
-    attention: str = "level"
+    attention: Literal["level", "middle", "none"] = "level"
+    feature_width: int = 0
+    latent_kernel: Literal[0, 1, 3] = 3
+
+    def __post_init__(self) -> None:
+        for name in ("width", "groups", "encoder_blocks", "decoder_blocks", "latent_width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise InputError(f"multipliers are {self.multipliers}; give at least one, each at least 1")
+        wrong = [width for width in self.widths if width % self.groups]
+        if wrong:
+            raise InputError(f"a level has {wrong[0]} channels, which {self.groups} groups don't divide; "
+                             "change width, multipliers or groups")
+        if self.latent_kernel == 0 and self.feature_width not in (0, self.latent_width):
+            raise InputError(f"feature_width is {self.feature_width} and latent_width {self.latent_width}, but "
+                             "latent_kernel 0 leaves no convolution between them; use 1 or 3")
+
+    @property
+    def features(self) -> int:
+        """Channels of the encoder's output and the decoder's input."""
+        return self.feature_width or self.latent_width
 
     @property
     def factor(self) -> int:
@@ -126,12 +154,12 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the coarsest level."""
+    """Residual block, attention where there is any, residual block at the coarsest level."""
 
-    def __init__(self, width: int, groups: int):
+    def __init__(self, width: int, groups: int, attention: bool):
         super().__init__()
         self.block_in = ResidualBlock(width, width, groups)
-        self.attention = SelfAttention2d(width, groups)
+        self.attention = SelfAttention2d(width, groups) if attention else nn.Identity()
         self.block_out = ResidualBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +167,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture (B, 3, S, S') in [-1, 1] to features (B, latent_width, S / factor, S' / factor)."""
+    """Picture (B, 3, S, S') in [-1, 1] to features (B, F, S / factor, S' / factor), F = ``config.features``."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -150,9 +178,9 @@ class Encoder(nn.Module):
                   attention=i == last and config.attention == "level",
                   change=Downsample(widths[i]) if i < last else None)
             for i in range(len(widths)))
-        self.middle = Middle(widths[-1], config.groups)
+        self.middle = Middle(widths[-1], config.groups, config.attention != "none")
         self.norm = _norm(widths[-1], config.groups)
-        self.output = nn.Conv2d(widths[-1], config.latent_width, 3, padding=1)
+        self.output = nn.Conv2d(widths[-1], config.features, 3, padding=1)
 
     def forward(self, picture: Tensor) -> Tensor:
         x = self.input(picture.contiguous(memory_format=torch.channels_last))
@@ -162,13 +190,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, latent_width, h, w) to a picture (B, 3, h * factor, w * factor), not clamped."""
+    """Features (B, F, h, w) to a picture (B, 3, h * factor, w * factor), not clamped."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
-        self.input = nn.Conv2d(config.latent_width, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1], config.groups)
+        self.input = nn.Conv2d(config.features, widths[-1], 3, padding=1)
+        self.middle = Middle(widths[-1], config.groups, config.attention != "none")
         # Index 0 is the finest level, as in the encoder; the forward pass walks from the coarsest.
         self.levels = nn.ModuleList(
             Level([widths[min(i + 1, last)]] + [widths[i]] * config.decoder_blocks, config.groups,

@@ -43,7 +43,8 @@ def encode(latent_BCHW: Tensor, canvas: Canvas, quantise: Callable[[int, Tensor]
         tokens.append(found)
         written = found if corrupt is None else corrupt(k, found)
         contribution = canvas.contribution(k, written)
-        rest = rest - contribution
+        # What is left is data for the scales behind, not a path for gradients (published code of VAR and Infinity).
+        rest = rest - contribution.detach()
         canvas = canvas.after(contribution)
         if each is not None:
             each(k, z, canvas)

@@ -11,16 +11,22 @@ from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
 from nextscale.objectives.reconstruction import (
+    SSIM_SIDE,
     ReconstructionWeights,
     adaptive_scale,
     adversarial_weight,
     discriminator_loss,
     psnr,
     reconstruction_loss,
+    ssim,
 )
+from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.discriminator import PatchDiscriminator
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from nextscale.tokenizers.quantiser import CodebookQuantiser, Quantiser
+from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
+
+_USAGE_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,11 @@ class TokenizerRecipe:
     """What a tokenizer's training adds to its model and the trainer's settings.
 
     revive_every: steps between revivals of dead codes (0 for never); revive_below: a code is dead when it is hit less
-    than this share of the mean; revive_until: share of the training after which codes are left alone.
-    discriminator_width: channels of the patch discriminator's first layer.
+    than this share of the mean; revive_until: share of the training after which codes are left alone. Kinds without a
+    codebook have nothing to revive. discriminator_width: channels of the patch discriminator's first layer.
     """
 
-    model: MultiScaleVQConfig = field(default_factory=MultiScaleVQConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
     weights: ReconstructionWeights = field(default_factory=ReconstructionWeights)
     revive_every: int = 50
     revive_below: float = 0.03
@@ -41,7 +47,7 @@ class TokenizerRecipe:
 
 
 class TokenizerTask:
-    """Trains a :class:`MultiScaleVQ`; with an adversarial weight, a patch discriminator beside it.
+    """Trains a :class:`Tokenizer` of any kind; with an adversarial weight, a patch discriminator beside it.
 
     perceptual: frozen module that measures a distance of two pictures; held_out: pictures (N, 3, S, S') that sample
     sheets reconstruct, each beside its original. codes_of: a trained tokenizer whose codes stay as they are while its
@@ -49,10 +55,10 @@ class TokenizerTask:
     """
 
     def __init__(self, recipe: TokenizerRecipe, perceptual: nn.Module | None = None, held_out: Tensor | None = None,
-                 codes_of: MultiScaleVQ | None = None):
+                 codes_of: Tokenizer | None = None):
         self.recipe, self.perceptual, self.held_out = recipe, perceptual, held_out
         self.codes_stay = codes_of is not None
-        self.tokenizer = codes_of or MultiScaleVQ(recipe.model)
+        self.tokenizer = codes_of or Tokenizer(recipe.model)
         self.trained: list[nn.Module] = [self.tokenizer]
         if self.codes_stay:
             self.trained = [self.tokenizer.from_latent, self.tokenizer.decoder]
@@ -74,8 +80,9 @@ class TokenizerTask:
     def parameter_groups(self, phase: str, weight_decay: float) -> list[dict[str, Any]]:
         if phase == "discriminator":
             return decay_groups([self.discriminator], weight_decay)
-        if self.recipe.model.codebook_update == "ema":
-            self.tokenizer.quantiser.codebook.weight.requires_grad_(False)
+        quantiser = self.tokenizer.quantiser
+        if self.recipe.model.codebook_update == "ema" and isinstance(quantiser, CodebookQuantiser):
+            quantiser.codebook.weight.requires_grad_(False)
         return decay_groups(self.trained, weight_decay)
 
     def averaged(self) -> dict[str, nn.Module]:
@@ -86,14 +93,18 @@ class TokenizerTask:
             return self._discriminator_loss(at)
         picture, weights = batch["picture"], self.recipe.weights
         picture = picture.contiguous(memory_format=torch.channels_last)
-        output = self.tokenizer.decode_only(picture) if self.codes_stay else self.tokenizer(picture)
+        plan = self.tokenizer.plan_for(picture)
+        wants_entropy = weights.of_entropy(self.recipe.model.kind) != 0
+        output = (self.tokenizer.decode_only(picture, plan) if self.codes_stay
+                  else self.tokenizer(picture, wants_entropy, plan))
         self._residuals_NC = output.residuals_NC
-        loss, terms = reconstruction_loss(picture, output, weights, self.perceptual)
-        weight = adversarial_weight(weights, at.progress)
+        loss, terms = reconstruction_loss(picture, output, weights, self.perceptual, self.recipe.model.kind)
+        weight: float | Tensor = adversarial_weight(weights, at.progress)
         if weight:
             adversarial = -self.discriminator(output.reconstruction).mean()
-            scale = adaptive_scale(loss, adversarial, self.tokenizer.decoder.output.weight)
-            loss = loss + weight * scale * adversarial
+            if weights.adversarial_adaptive:
+                weight = weight * adaptive_scale(loss, adversarial, self.tokenizer.decoder.output.weight)
+            loss = loss + weight * adversarial
             terms["adversarial"] = adversarial.detach()
         self._pair = (picture, output.reconstruction.detach()) if "discriminator" in self.phases else None
         return loss, terms
@@ -102,31 +113,43 @@ class TokenizerTask:
         if self._pair is None or not adversarial_weight(self.recipe.weights, at.progress):
             return None, {}
         real, fake = self._pair
-        return discriminator_loss(self.discriminator(real), self.discriminator(fake)), {}
+        on_real, on_fake = self.discriminator(real), self.discriminator(fake)
+        return discriminator_loss(on_real, on_fake), {
+            "discriminator/real": on_real.detach().mean(), "discriminator/fake": on_fake.detach().mean()}
 
     def after_step(self, at: TrainingStep) -> Metrics:
+        """Revives dead codes, and now and then tells how the codes of every scale are used (on training batches, by
+        their moving average)."""
         recipe, quantiser = self.recipe, self.tokenizer.quantiser
-        revived = 0
-        due = recipe.revive_every and at.step % recipe.revive_every == 0 and at.progress < recipe.revive_until
-        if due and not self.codes_stay and self._residuals_NC is not None:
-            revived = quantiser.revive(self._residuals_NC, recipe.revive_below)
-        if at.step % 20:
-            return {"revived": float(revived)}
-        hits_V = quantiser.usage_KV.sum(0)
-        share_V = hits_V / hits_V.sum()
-        perplexity = torch.exp(-(share_V * share_V.clamp_min(1e-12).log()).sum())
-        return {"revived": float(revived), "perplexity": perplexity, "usage_last": quantiser.usage()[-1]}
+        found: dict[str, float | Tensor] = {}
+        if self.codes_stay:
+            return found
+        if isinstance(quantiser, CodebookQuantiser) and recipe.revive_every:
+            found["revived"] = 0.0
+            if (self._residuals_NC is not None and at.progress < recipe.revive_until
+                    and at.step % recipe.revive_every == 0):
+                found["revived"] = float(quantiser.revive(self._residuals_NC, recipe.revive_below))
+        if at.step % _USAGE_EVERY == 0:
+            found.update(usage_metrics(quantiser))
+        return found
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         if self.held_out is None:
             return None
         tokenizer = averaged["tokenizer"].eval()
-        assert isinstance(tokenizer, MultiScaleVQ)
+        assert isinstance(tokenizer, Tokenizer)
         x = self.held_out.to(next(tokenizer.parameters()).device)
         y = reconstruct(tokenizer, x)
         both = torch.stack([x[:64], y[:64]], 1).flatten(0, 1)
         save_image(sheet(both, columns=16), out / f"reconstruction-{at.step:08d}.png")
-        return {"held_out/psnr": float(psnr(x, y).mean())}
+        found = {"held_out/psnr": float(psnr(x, y).mean()), "held_out/l1": float((x - y).abs().mean())}
+        if min(x.shape[-2:]) >= SSIM_SIDE:
+            found["held_out/ssim"] = float(ssim(x, y).mean())
+        if self.perceptual is not None:
+            parts = zip(x.split(64), y.split(64), strict=True)
+            found["held_out/perceptual"] = float(
+                sum(self.perceptual(a, b).mean() * len(a) for a, b in parts) / len(x))
+        return found
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
         return {}
@@ -135,8 +158,16 @@ class TokenizerTask:
         return None
 
 
+def usage_metrics(quantiser: Quantiser) -> dict[str, Tensor]:
+    """Share of the codes in use and perplexity of every scale, ``usage_k`` and ``perplexity_k``, from the record that
+    a quantiser keeps while it is trained."""
+    usage_K, perplexity_K = quantiser.usage(), quantiser.perplexity()
+    return {f"{name}_{k}": value for name, values in (("usage", usage_K), ("perplexity", perplexity_K))
+            for k, value in enumerate(values)}
+
+
 @torch.no_grad()
-def reconstruct(tokenizer: MultiScaleVQ, pictures: Tensor, batch: int = 64,
+def reconstruct(tokenizer: Tokenizer, pictures: Tensor, batch: int = 64,
                 each: Callable[[int], None] | None = None) -> Tensor:
     """Pictures through the codes and back, in batches."""
     found = []

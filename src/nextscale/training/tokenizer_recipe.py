@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from nextscale import hub
+from nextscale import hub, parallel
 from nextscale.configuration import build
 from nextscale.data import PictureDataset
 from nextscale.objectives.reconstruction import FeatureDistance, lpips_distance
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.config import TrainConfig
 from nextscale.training.recipes import DataRecipe, check_size, open_splits, train_on
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
@@ -50,21 +51,21 @@ def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     task = TokenizerTask(wanted.tokenizer, perceptual, examples, codes_of)
     trainer, result = train_on(task, dataset, wanted.data, wanted.train, out, resume)
     tokenizer = trainer.averaged_modules()["tokenizer"]
-    assert isinstance(tokenizer, MultiScaleVQ)
-    save_tokenizer(tokenizer, out / "tokenizer")
+    assert isinstance(tokenizer, Tokenizer)
+    parallel.on_main(lambda: save_tokenizer(tokenizer, out / "tokenizer"))
     return result
 
 
-def save_tokenizer(tokenizer: MultiScaleVQ, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a tokenizer's configuration and weights (float32) into a folder."""
     hub.save_tensors(tokenizer.state_dict(), folder / "tokenizer.safetensors")
     hub.save_json(asdict(tokenizer.config), folder / "config.json")
 
 
-def load_tokenizer(folder: Path) -> MultiScaleVQ:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """A tokenizer that ``save_tokenizer`` wrote, or a model's. Raises WeightsError where there is none."""
     config = hub.read_json(folder / "config.json")
-    tokenizer = MultiScaleVQ(build(MultiScaleVQConfig, config.get("tokenizer", config), str(folder / "config.json")))
+    tokenizer = Tokenizer(build(TokenizerConfig, config.get("tokenizer", config), str(folder / "config.json")))
     path = folder / "tokenizer.safetensors"
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
     hub.load_published(tokenizer, tensors, ((r"(.*)", r"\1"),), str(path))

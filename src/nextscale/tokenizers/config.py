@@ -1,0 +1,103 @@
+"""The configuration of every tokenizer: the autoencoder, the schedule, and the kind of its quantiser."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nextscale.errors import InputError
+from nextscale.plan import Plan
+from nextscale.tokenizers.autoencoder import AutoencoderConfig
+
+Kind = Literal["vq", "l2-vq", "bsq", "lfq", "fsq"]
+
+SCALES_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+MOST_INDEX_BITS = 62
+"""Bits that an index may hold: tokens are int64."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything that makes a tokenizer; the defaults are VAR's published one for 256 pixels.
+
+    grids: the schedule, coarse to fine, as (h, w) pairs; its last grid is the latent's size at the trained resolution.
+    One grid makes a single-scale tokenizer.
+
+    kind: the quantiser.
+
+    - ``vq``: VAR's residual pyramid over one codebook, each scale passed through a convolution phi.
+    - ``l2-vq``: LlamaGen's single map of length-normalised codes.
+    - ``bsq``: binary spherical quantisation, the signs of a unit vector (Infinity), over one map or a pyramid.
+    - ``lfq``: lookup-free quantisation, the signs of the vector itself (MAGVIT-v2), over one map or a pyramid.
+    - ``fsq``: finite scalar quantisation, every channel rounded to one of its ``levels``, over a single map.
+
+    vocabulary: codes of ``vq`` and ``l2-vq``. Of the others it follows (2^latent_width, or the product of the levels):
+    leave it alone there.
+
+    For ``vq`` alone. phi_count: 0 gives every scale its own phi, 1 shares one, n > 1 shares n over the schedule.
+    phi_ratio: share of the convolution in phi(h) = (1 - ratio) h + ratio conv(h). cosine: look codes up by angle.
+    codebook_update: ``"gradient"`` as published, or ``"ema"``, an exponential moving average of what each code was
+    used for, which ``codebook_decay`` sets.
+
+    codebook_decay is that of the usage record too, for every kind. commitment: the published weight, for the record;
+    a training takes it from its ``ReconstructionWeights``. levels: of ``fsq``, one number a channel.
+    tokens: what ``bsq`` and ``lfq`` emit, an ``"index"`` a cell or its ``"bits"``; both decode.
+
+    Raises InputError on values that don't fit each other.
+    """
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    grids: tuple[tuple[int, int], ...] = tuple((g, g) for g in SCALES_SIDES)
+    vocabulary: int = 4096
+    phi_count: int = 4
+    phi_ratio: float = 0.5
+    cosine: bool = False
+    commitment: float = 0.25
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    codebook_decay: float = 0.99
+    kind: Kind = "vq"
+    levels: tuple[int, ...] = ()
+    tokens: Literal["index", "bits"] = "index"
+
+    def __post_init__(self) -> None:
+        if self.kind in ("l2-vq", "fsq") and len(self.grids) != 1:
+            why = ("its codes all have length 1" if self.kind == "l2-vq"
+                   else "a rounded tanh doesn't say how much of the latent is left over")
+            raise InputError(f"kind {self.kind!r} codes a single map ({why}), but grids has {len(self.grids)} scales; "
+                             "give the last one alone, or use vq, bsq or lfq")
+        if not 0 <= self.codebook_decay < 1:
+            raise InputError(f"codebook_decay is {self.codebook_decay}; it must be at least 0 and below 1")
+        if self.codebook_update == "ema" and self.kind != "vq":
+            raise InputError(f"codebook_update 'ema' is for kind 'vq'; {self.kind!r} has no such codebook")
+        if self.tokens == "bits" and self.kind not in ("bsq", "lfq"):
+            raise InputError(f"tokens 'bits' are for kinds bsq and lfq; {self.kind!r} has indices only")
+        if (self.kind == "fsq") != bool(self.levels):
+            raise InputError("kind 'fsq' needs levels, such as [8, 5, 5, 5]" if self.kind == "fsq"
+                             else f"levels are for kind 'fsq', not {self.kind!r}")
+        if self.levels and (min(self.levels) < 3 or len(self.levels) != self.autoencoder.latent_width):
+            raise InputError(f"levels are {self.levels}; give {self.autoencoder.latent_width} of them, one a channel "
+                             "of the latent, each at least 3")
+        self._set_vocabulary()
+
+    def _set_vocabulary(self) -> None:
+        width = self.autoencoder.latent_width
+        if self.tokens == "index" and self.kind in ("bsq", "lfq") and width > MOST_INDEX_BITS:
+            raise InputError(f"{width} bits don't fit an index; set tokens to 'bits'")
+        follows = {"bsq": 2**width, "lfq": 2**width, "fsq": math.prod(self.levels)}.get(self.kind)
+        if follows is not None:
+            default = type(self).__dataclass_fields__["vocabulary"].default
+            if self.vocabulary not in (default, follows):
+                raise InputError(f"vocabulary is {self.vocabulary}, but {self.kind!r} has {follows} codes here; leave "
+                                 "it out, or change " + ("levels" if self.levels else "autoencoder.latent_width"))
+            object.__setattr__(self, "vocabulary", follows)
+        if self.vocabulary < 2:
+            raise InputError(f"vocabulary is {self.vocabulary}; it must be at least 2")
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.scales(self.grids)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a coded picture: tokens times log2 of the vocabulary."""
+        return self.plan.length * math.log2(self.vocabulary)

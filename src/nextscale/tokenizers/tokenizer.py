@@ -1,0 +1,149 @@
+"""A tokenizer: picture <-> latent <-> codes, the same for every kind of quantiser."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.canvas import Canvas
+from nextscale.errors import InputError
+from nextscale.plan import Plan
+from nextscale.registry import import_target
+from nextscale.tokenizers import pyramid
+from nextscale.tokenizers.autoencoder import Decoder, Encoder
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.quantiser import Quantiser
+
+QUANTISERS = {
+    "vq": "nextscale.tokenizers.multiscale_vq:MultiScaleQuantiser",
+    "l2-vq": "nextscale.tokenizers.l2_vq:L2Quantiser",
+    "bsq": "nextscale.tokenizers.bitwise:SphericalBits",
+    "lfq": "nextscale.tokenizers.bitwise:LookupFreeBits",
+    "fsq": "nextscale.tokenizers.finite_scalar:FiniteScalars",
+}
+"""Kind to class, imported on use."""
+
+
+class TrainingOutput(NamedTuple):
+    """What the training pass of a tokenizer gives: the picture (not clamped), its tokens, and the latent losses.
+
+    residuals_NC: the vectors that looked for a code, from which dead codes are revived.
+    """
+
+    reconstruction: Tensor
+    tokens: list[Tensor]
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+    entropy_loss: Tensor
+    residuals_NC: Tensor
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantiser and decoder.
+
+    Raises MissingExtraError where the kind needs a package that isn't installed.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        sizes = config.autoencoder
+        self.encoder = Encoder(sizes)
+        self.decoder = Decoder(sizes)
+        kernel, padding = sizes.latent_kernel, sizes.latent_kernel // 2
+        self.to_latent: nn.Module = nn.Identity()
+        self.from_latent: nn.Module = nn.Identity()
+        if kernel:
+            self.to_latent = nn.Conv2d(sizes.features, sizes.latent_width, kernel, padding=padding)
+            self.from_latent = nn.Conv2d(sizes.latent_width, sizes.features, kernel, padding=padding)
+        kind = cast("type[Quantiser]", import_target(QUANTISERS[config.kind]))
+        self.quantiser = kind(config)
+
+    @property
+    def plan(self) -> Plan:
+        """The schedule that the tokenizer was trained with."""
+        return self.config.plan
+
+    def plan_for(self, picture: Tensor) -> Plan:
+        """The tokenizer's schedule stretched to pictures (B, 3, S, S') of another size, as aspect-ratio buckets have
+        them; its own for its own size."""
+        factor = self.config.autoencoder.factor
+        return self.plan.stretched((picture.shape[-2] // factor, picture.shape[-1] // factor))
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the trained schedule."""
+        h, w = self.plan.grid
+        return h * self.config.autoencoder.factor, w * self.config.autoencoder.factor
+
+    def latent(self, picture: Tensor) -> Tensor:
+        """Continuous latent (B, C, H, W) in float32 of pictures (B, 3, S, S') in [-1, 1]."""
+        return self.to_latent(self.encoder(picture.to(self.decoder.output.weight.dtype))).float()
+
+    def encode(self, picture: Tensor, plan: Plan | None = None,
+               corrupt: Callable[[int, Tensor], Tensor] | None = None) -> pyramid.Pyramid:
+        """Tokens of every scale, the teacher-forcing input of every scale, and the full canvas.
+
+        Any schedule whose last grid is the latent's size will do. Raises InputError for others, and for a picture
+        whose sides the factor doesn't divide.
+        """
+        plan = plan or self.plan
+        self._check(picture, plan)
+        latent = self.latent(picture)
+        canvas = Canvas.empty(plan, self.quantiser, picture.shape[0], latent.device)
+        return pyramid.encode(latent, canvas, lambda k, z: self.quantiser.quantise(z), corrupt)
+
+    def decode(self, canvas: Canvas | Tensor) -> Tensor:
+        """Picture (B, 3, S, S') in [-1, 1] of a canvas (its last map) or a latent; a partial canvas gives a preview."""
+        latent = canvas.map(-1) if isinstance(canvas, Canvas) else canvas
+        dtype = self.decoder.output.weight.dtype
+        return self.decoder(self.from_latent(latent.to(dtype))).float().clamp(-1, 1)
+
+    def decode_tokens(self, tokens: list[Tensor], plan: Plan | None = None) -> Tensor:
+        """Picture of the tokens of every scale; fewer scales than the plan has give a coarse preview."""
+        plan = plan or self.plan
+        canvas = Canvas.empty(plan, self.quantiser, tokens[0].shape[0], tokens[0].device)
+        return self.decode(pyramid.replay(tokens, canvas).canvas)
+
+    def forward(self, picture: Tensor, entropy: bool = True, plan: Plan | None = None) -> TrainingOutput:
+        """Training pass: straight-through reconstruction and the latent losses (see the kind's ``train_pass``).
+
+        entropy: whether the entropy loss is wanted; zero is given otherwise. plan: another schedule than the
+        tokenizer's own, with as many scales, for pictures of another size.
+        """
+        plan = plan or self.plan
+        self._check(picture, plan)
+        latent = self.latent(picture)
+        canvas = Canvas.empty(plan, self.quantiser, picture.shape[0], latent.device)
+        found = self.quantiser.train_pass(latent, canvas, entropy)
+        if self.training:
+            for k, tokens in enumerate(found.tokens):
+                self.quantiser.record_usage(k, tokens, self.config.codebook_decay)
+        picture_out = self.decoder(self.from_latent(found.latent_BCHW))
+        return TrainingOutput(picture_out, found.tokens, found.commitment_loss, found.codebook_loss,
+                              found.entropy_loss, found.vectors_NC)
+
+    def decode_only(self, picture: Tensor, plan: Plan | None = None) -> TrainingOutput:
+        """Training pass of the decoder alone: codes and canvas get no gradient, and the latent losses are 0."""
+        with torch.no_grad():
+            found = self.encode(picture, plan)
+        none, width = picture.new_zeros(()), self.config.autoencoder.latent_width
+        return TrainingOutput(self.decoder(self.from_latent(found.canvas.value)), found.tokens, none, none, none,
+                              picture.new_zeros(0, width))
+
+    def _check(self, picture: Tensor, plan: Plan) -> None:
+        factor = self.config.autoencoder.factor
+        if picture.ndim != 4 or picture.shape[1] != 3:
+            raise InputError(f"picture: expected a batch (B, 3, height, width), got shape {tuple(picture.shape)}")
+        h, w = picture.shape[-2:]
+        if h % factor or w % factor:
+            raise InputError(f"picture: {h}x{w} pixels are not a multiple of the tokenizer's factor {factor}; "
+                             f"resize to {h // factor * factor or factor}x{w // factor * factor or factor}")
+        if plan.grid != (h // factor, w // factor):
+            raise InputError(f"schedule: its last scale is {plan.grid[0]}x{plan.grid[1]} but a picture of {h}x{w} "
+                             f"pixels has a latent of {h // factor}x{w // factor}; end the schedule there or resize "
+                             "the picture")
+        if len(plan) > 1 and self.config.kind in ("l2-vq", "fsq"):
+            raise InputError(f"schedule: kind {self.config.kind!r} codes a single map, not {len(plan)} scales")

@@ -1,0 +1,159 @@
+"""LlamaGen's and Infinity's tokenizers: recorded published outputs, published sizes, and names that load strictly."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "parity"
+sys.path.insert(0, str(FOLDER))
+
+import run as parity  # noqa: E402
+
+from nextscale.canvas import Canvas  # noqa: E402
+from nextscale.errors import InputError, WeightsError  # noqa: E402
+from nextscale.tokenizers import pyramid  # noqa: E402
+from nextscale.tokenizers.published import (  # noqa: E402
+    PUBLISHED,
+    infinity_config,
+    llamagen_config,
+    load_published,
+    published_tokenizer,
+)
+from nextscale.tokenizers.tokenizer import Tokenizer  # noqa: E402
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The golden set's description, recorded tensors, and weights by rule under published names."""
+    path = FOLDER / "tokenizers" / f"{name}_tokenizer_tiny.json"
+    found = json.loads(path.read_text())
+    (weights,) = parity.fill(found).values()
+    return found, load_file(path.with_suffix(".safetensors")), weights
+
+
+def llamagen() -> tuple[Tokenizer, dict[str, Tensor], dict[str, Tensor]]:
+    found, recorded, weights = golden("llamagen")
+    given = found["constructor"]["vq"]
+    config = llamagen_config(16, recorded["image"].shape[-1], given["ch"], given["z_channels"], given["codebook_size"])
+    return load_published(Tokenizer(config), weights), recorded, weights
+
+
+def infinity(kind: str) -> tuple[Tokenizer, dict[str, Tensor]]:
+    found, recorded, weights = golden("infinity")
+    grids = tuple((h, w) for _, h, w in found["run"][kind]["schedule"])
+    given = found["constructor"]["vae"]
+    tokenizer = Tokenizer(infinity_config(given["codebook_dim"], width=given["base_ch"], grids=grids))
+    mine = {name.split(".", 1)[1]: t for name, t in recorded.items() if name.startswith(f"{kind}.")}
+    return load_published(tokenizer, weights), mine
+
+
+def close(ours: Tensor, recorded: Tensor, limit: float) -> None:
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=limit)
+
+
+@torch.no_grad()
+def test_llamagen_s_tokenizer_gives_the_published_outputs() -> None:
+    tokenizer, recorded, _ = llamagen()
+    found = tokenizer.encode(recorded["image"])
+    close(tokenizer.latent(recorded["image"]), recorded["image_features"], 3e-4)
+    assert torch.equal(found.tokens[0].flatten(), recorded["image_tokens"].flatten().long())
+    close(found.canvas.value, recorded["image_quantized"], 3e-4)
+
+    def picture(tokens: Tensor) -> Tensor:
+        canvas = Canvas.empty(tokenizer.plan, tokenizer.quantiser, 2)
+        canvas = pyramid.replay([tokens.long().view(2, -1)], canvas).canvas
+        return tokenizer.decoder(tokenizer.from_latent(canvas.value))
+
+    close(picture(recorded["image_tokens"]), recorded["image_reconstruction"], 1e-3)
+    close(picture(recorded["c2i.greedy_tokens"]), recorded["c2i.greedy_image"], 1e-3)
+
+
+def test_llamagen_s_three_latent_losses_are_the_published_ones() -> None:
+    tokenizer, recorded, _ = llamagen()
+    found = tokenizer.train()(recorded["image"])
+    weighted = torch.stack([found.codebook_loss, 0.25 * found.commitment_loss, 0.1 * found.entropy_loss])
+    close(weighted.detach(), recorded["image_quantizer_losses"], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["square", "wide"])
+@torch.no_grad()
+def test_infinity_s_tokenizer_gives_the_published_outputs(kind: str) -> None:
+    tokenizer, recorded = infinity(kind)
+    found = tokenizer.encode(recorded["image"])
+    close(tokenizer.latent(recorded["image"]), recorded["encoder_features"], 3e-4)
+    for k, bits in enumerate(found.tokens):
+        assert torch.equal(bits, recorded[f"bits.{k}"].bool().reshape(bits.shape))
+    close(found.canvas.value, recorded["quantized"].reshape(found.canvas.value.shape), 3e-4)
+    close(tokenizer.decode(found.canvas), recorded["reconstruction"], 1e-3)
+    close(torch.cat([read for read in found.reads if read is not None], 1), recorded["tf_input"], 3e-4)
+
+
+@pytest.mark.parametrize("kind", ["square", "wide"])
+@torch.no_grad()
+def test_flipped_bits_change_later_inputs_and_labels_as_published(kind: str) -> None:
+    tokenizer, recorded = infinity(kind)
+
+    def flip(k: int, bits: Tensor) -> Tensor:
+        mask = recorded.get(f"bsc_flip_mask.{k}")
+        return bits if mask is None else bits ^ mask.bool().reshape(bits.shape)
+
+    found = tokenizer.encode(recorded["image"], corrupt=flip)
+    close(torch.cat([read for read in found.reads if read is not None], 1), recorded["bsc_input"], 3e-4)
+    assert torch.equal(torch.cat(found.tokens, 1).float(), recorded["bsc_labels"].float())
+    assert any(bool(recorded[name].any()) for name in recorded if name.startswith("bsc_flip_mask"))
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("llamagen-vq-16", 71_883_403), ("llamagen-vq-8", 70_109_835), ("infinity-d16", 44_951_952 + 65_018_627),
+    ("infinity-d32", 45_025_696 + 65_092_355), ("infinity-d64", 45_173_184 + 65_239_811),
+    ("infinity-d14-f8", 33_139_598 + 48_484_611)])
+def test_published_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        tokenizer = Tokenizer(PUBLISHED[name])
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == parameters
+
+
+def test_infinity_s_names_load_with_and_without_the_extra_wrapping() -> None:
+    _, _, weights = golden("infinity")
+    plain = {name.replace(".conv.weight", ".weight").replace(".conv.bias", ".bias").replace(".norm.weight", ".weight")
+             .replace(".norm.bias", ".bias"): t for name, t in weights.items()}
+    assert "encoder.conv_in.weight" in plain and "encoder.down.0.downsample.conv.weight" in plain
+    assert "encoder.conv_in.conv.weight" in weights
+    grids = ((1, 1), (2, 2), (4, 4), (6, 6))
+    one, other = (load_published(Tokenizer(infinity_config(8, width=32, grids=grids)), given)
+                  for given in (weights, plain))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda w: w.pop("quantize.embedding.weight"), "quantiser.codebook.weight"),
+    (lambda w: w.pop("encoder.mid.1.k.bias"), "encoder.mid.1.q.bias"),
+    (lambda w: w.update(stranger=torch.zeros(2)), "stranger"),
+    (lambda w: w.update({"quant_conv.bias": torch.zeros(9)}), "quant_conv.bias")])
+def test_weights_that_do_not_fit_are_refused_by_name(change: Any, named: str) -> None:
+    tokenizer, _, weights = llamagen()
+    weights = dict(weights)
+    change(weights)
+    with pytest.raises(WeightsError, match=named):
+        load_published(tokenizer, weights)
+
+
+def test_unknown_names_kinds_and_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="llamagen-vq-16"):
+        published_tokenizer("llamagen-vq16", {})
+    with pytest.raises(InputError, match="factor 8 or 16"):
+        llamagen_config(4)
+    from tiny import AUTOENCODER, GRIDS
+
+    from nextscale.tokenizers.config import TokenizerConfig
+
+    with pytest.raises(InputError, match="'vq'"):
+        load_published(Tokenizer(TokenizerConfig(AUTOENCODER, GRIDS, 32)), {})
+    with pytest.raises(WeightsError, match="no weights file"):
+        load_published(Tokenizer(llamagen_config(16, 32, 32, 64, 64)), tmp_path / "absent.pt")
