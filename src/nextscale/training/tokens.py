@@ -1,51 +1,256 @@
-"""Pictures as tokens, made once before a generator is trained on them."""
+"""Pictures as tokens, made once before a generator is trained on them: the making and checking of token caches.
+
+The format is :mod:`nextscale.data.token_shards`'s. Every process of a launch makes the shards whose number leaves its
+rank as the remainder; nothing is shared but the folder.
+"""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nextscale import hub
+from nextscale import parallel
 from nextscale.data import PictureDataset
-from nextscale.systems.var import VAR
+from nextscale.data.crops import RANDOM_CROPS
+from nextscale.data.token_dataset import TokenDataset
+from nextscale.data.token_shards import (
+    MANIFEST,
+    TokenJob,
+    begin,
+    check_shard,
+    clear_leftovers,
+    fingerprint_of,
+    finish,
+    read_manifest,
+    shard_file,
+    write_shard,
+)
+from nextscale.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from nextscale.tokenizers.tokenizer import Tokenizer
+
+_POLL_SECONDS = 0.2
+
+ShardReport = Callable[[int, int], None]
+"""Called after every batch with (pictures done, pictures to do) of this process."""
 
 
-@torch.no_grad()
-def tokenise(system: VAR, dataset: PictureDataset, batch: int = 64,
-             report: Callable[[int, int], None] | None = None) -> Tensor:
-    """Tokens of all pictures of a set, (N, L) int32, in its order."""
-    found = []
-    for start in range(0, len(dataset), batch):
-        pixels, _ = dataset.read(range(start, min(start + batch, len(dataset))))
-        pictures = torch.from_numpy(pixels[:, :3]).to(system.device).float() / 127.5 - 1
-        found.append(torch.cat(system.encode(pictures), 1).int().cpu())
-        if report is not None:
-            report(min(start + batch, len(dataset)), len(dataset))
-    return torch.cat(found)
+_MAKES_CODES = ("encoder.", "to_latent.", "quantiser.")
+_STATISTICS = (".usage_KV", ".assigned_V", ".assigned_sum_VC")
 
 
-def tokenizer_hash(tokenizer: nn.Module) -> str:
-    """A fingerprint of a tokenizer's weights, which cached tokens are bound to."""
-    digest = hashlib.sha256()
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """A fingerprint of the part of a tokenizer that makes codes, which cached tokens are bound to: configuration,
+    encoder and quantiser. Its decoder may be trained on and its statistics of use may move without other codes."""
+    digest = hashlib.sha256(json.dumps(_chosen(tokenizer.config), sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
+        if not name.startswith(_MAKES_CODES) or name.endswith(_STATISTICS):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def cached_tokens(system: VAR, dataset: PictureDataset, path: Path,
-                  report: Callable[[int, int], None] | None = None) -> Tensor:
-    """``tokenise``, read from ``path`` where it holds the same tokenizer's tokens of the same pictures."""
-    print_of = tokenizer_hash(system.tokenizer)
-    if path.is_file():
-        kept = hub.read_tensors(path)
-        known = bytes(kept["tokenizer"].tolist()).decode() == print_of
-        if known and torch.equal(kept["rows"], torch.from_numpy(dataset.rows)):
-            return kept["tokens"]
-    tokens = tokenise(system, dataset, report=report)
-    hub.save_tensors({"tokens": tokens, "rows": torch.from_numpy(dataset.rows),
-                      "tokenizer": torch.tensor(list(print_of.encode()), dtype=torch.uint8)}, path)
-    return tokens
+def _chosen(config: Any) -> Any:
+    """What a configuration sets apart from its defaults, so that a field that a later version adds changes nothing."""
+    if not is_dataclass(config):
+        return config
+    found = {}
+    for field in fields(config):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if getattr(config, field.name) != default:
+            found[field.name] = _chosen(getattr(config, field.name))
+    return found
+
+
+def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flips: bool = False,
+             shard_pictures: int = 4096) -> TokenJob:
+    """The job of tokenizing a data set, which was opened at the tokenizer's picture size.
+
+    Raises:
+        InputError: what was asked for doesn't go with the tokenizer or the pictures.
+    """
+    size, name = tokenizer.picture_size, dataset.source.name
+    if dataset.size != size or dataset.buckets is not None:
+        raise InputError(f"{name}: the tokenizer takes pictures of {size[0]}x{size[1]} pixels and a cache one size "
+                         "only; open the data set at that size, without buckets")
+    if getattr(tokenizer.config, "tokens", "index") != "index":
+        raise InputError("the tokenizer emits bits, but a cache holds indices; set its tokens to 'index'")
+    if crops < 1 or shard_pictures < 1:
+        raise InputError(f"crops ({crops}) and pictures a shard ({shard_pictures}) must be at least 1")
+    if (crops > 1) != (dataset.crop in RANDOM_CROPS):
+        raise InputError(f"crops is {crops}, but crop {dataset.crop!r} " +
+                         ("is the same every time; use 'random' or 'random-resized', or 1" if crops > 1 else
+                          "is another every time; ask for several, as in --crops 8"))
+    if flips and dataset.left_right_matters:
+        raise InputError(f"{name} says that left and right matter in its pictures; leave mirrored versions out")
+    names = tuple(tuple(kind) for kind in dataset.class_names)
+    return TokenJob(tokenizer_hash(tokenizer), tokenizer.config.grids, tokenizer.config.vocabulary, size,
+                    Path(name).name, dataset.split, len(dataset), fingerprint_of(dataset.rows, dataset.labels, names),
+                    names, dataset.crop, dataset.crop_area, crops, flips, shard_pictures)
+
+
+@torch.no_grad()
+def encode(tokenizer: Tokenizer, pixels: np.ndarray) -> Tensor:
+    """Tokens (B, L) of pictures uint8 (B, 3, H, W), all scales, coarse to fine."""
+    device = next(tokenizer.parameters()).device
+    pictures = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float() / 127.5 - 1
+    return torch.cat(tokenizer.encode(pictures).tokens, 1).cpu()
+
+
+def tokenize(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, crops: int = 1, flips: bool = False,
+             shard_pictures: int = 4096, batch_size: int = 64, workers: int = 2, rank: int = 0, world: int = 1,
+             report: ShardReport | None = None) -> bool:
+    """Make this process's shards of a cache, those that are not there yet; says whether the whole cache is complete.
+
+    workers: threads that decode pictures; rank, world: this process makes shards ``rank, rank + world, ...``; a job
+    that was killed may go on with another world.
+
+    Raises:
+        InputError: the folder holds another job's tokens, or numbers out of range.
+        DataError: a shard that is there is damaged, or the disk refuses.
+    """
+    if batch_size < 1 or workers < 1 or not 0 <= rank < world:
+        raise InputError(f"batch size {batch_size} and workers {workers} must be at least 1, rank {rank} in "
+                         f"0..{world - 1}")
+    job = describe(tokenizer, dataset, crops, flips, shard_pictures)
+    broken_before = list(dataset.skipped)
+    begin(folder, job)
+    tokenizer.eval()
+    missing = []
+    for shard in range(rank, job.shards, world):
+        clear_leftovers(folder, shard)
+        if (folder / shard_file(shard)).is_file():
+            check_shard(folder / shard_file(shard), job, shard)
+        else:
+            missing.append(shard)
+    total, done = sum(len(job.range_of(shard)) for shard in missing), 0
+    for shard in missing:
+        for count in _make_shard(tokenizer, dataset, folder, job, shard, batch_size, workers):
+            done += count
+            if report is not None:
+                report(done, total)
+    return finish(folder, job, broken_before) is not None
+
+
+def _make_shard(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, job: TokenJob, shard: int,
+                batch_size: int, workers: int) -> Iterator[int]:
+    """Encode and write one shard; yields how many pictures each batch took."""
+    covered = job.range_of(shard)
+    # Batches begin at the shard's first picture, so a shard that is made anew has the very same tokens.
+    batches = [np.arange(start, min(start + batch_size, covered.stop)) for start in covered[::batch_size]]
+    tokens, kept, skipped = [], [], []
+    reads = _read_ahead(dataset, [(batch, crop) for batch in batches for crop in range(job.crops)], workers)
+    for asked in batches:
+        versions, good = [], np.ones(len(asked), dtype=bool)
+        for pixels, places in islice(reads, job.crops):
+            versions.append(encode(tokenizer, pixels[:, :3]))
+            if job.flips:
+                versions.append(encode(tokenizer, pixels[:, :3, :, ::-1]))
+            # For a picture that turned out broken only now the next good one was read, which has a place of its own.
+            good &= places == asked
+        tokens.append(torch.stack(versions, 1)[torch.from_numpy(good)].to(job.dtype))
+        kept.append(asked[good])
+        reasons = dict(dataset.skipped)
+        titles = [dataset.source.title(int(dataset.rows[place])) for place in asked[~good]]
+        skipped += [(title, reasons.get(title, "unreadable")) for title in titles]
+        yield len(asked)
+    found = np.concatenate(kept)
+    write_shard(folder, job, shard, torch.cat(tokens), dataset.labels[torch.from_numpy(found)],
+                torch.from_numpy(dataset.rows[found].astype(np.int64)), skipped)
+
+
+def _read_ahead(dataset: PictureDataset, wanted: Sequence[tuple[np.ndarray, int]],
+                workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``dataset.read`` of positions, each with the number of its random crop, a few decoded ahead by threads."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="nextscale-tokens") as pool:
+        ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        try:
+            for positions, crop in wanted:
+                ahead.append(pool.submit(dataset.read, positions, np.full(len(positions), crop)))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def check_fits(folder: Path, job: TokenJob, tokenizer: Tokenizer) -> None:
+    """Raises InputError where a cache was not made by this very tokenizer, naming the first thing that differs."""
+    config, fingerprint = tokenizer.config, tokenizer_hash(tokenizer)
+    pairs = (("the schedule", _sides(job.grids), _sides(config.grids)),
+             ("the vocabulary", str(job.vocabulary), str(config.vocabulary)),
+             ("pictures of", "{}x{}".format(*job.picture_size), "{}x{}".format(*tokenizer.picture_size)),
+             ("the fingerprint", job.tokenizer, fingerprint))
+    for what, theirs, ours in pairs:
+        if theirs != ours:
+            raise InputError(f"{folder}: these tokens were made by another tokenizer, with {what} {theirs} and not "
+                             f"{ours}; name the tokenizer that made them, or tokenize again into another folder")
+
+
+def _sides(grids: tuple[tuple[int, int], ...]) -> str:
+    return "-".join(str(h) if h == w else f"{h}x{w}" for h, w in grids)
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world) of a ``torchrun`` launch, (0, 1) without one. Raises InputError where they make no sense."""
+    given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdigit() for text in given) or int(given[0]) >= int(given[1]):
+        raise InputError(f"RANK={given[0]} and WORLD_SIZE={given[1]} are no place in a launch; unset them, or start "
+                         "with torchrun")
+    return int(given[0]), int(given[1])
+
+
+def own_device(name: str) -> str:
+    """The device of this process: under ``torchrun`` with several on a machine, each takes its own."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and name in ("auto", "cuda") and torch.cuda.is_available() else name
+
+
+def cached_tokens(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, flips: bool = False, workers: int = 1,
+                  report: ShardReport | None = None) -> TokenDataset:
+    """A training's own cache: made where it isn't there, by all processes of the launch together."""
+    if not tokenize(tokenizer, dataset, folder, flips=flips, workers=workers, rank=parallel.rank(),
+                    world=parallel.world(), report=report):
+        # torchrun ends every process when one dies, so this can't outlive the one that it waits for.
+        while not (folder / MANIFEST).is_file():
+            time.sleep(_POLL_SECONDS)
+    return TokenDataset(folder)
+
+
+def open_tokens(folder: Path, tokenizer: Tokenizer, split: str,
+                held_out_split: str | None) -> tuple[TokenDataset, TokenDataset | None]:
+    """The caches that ``nextscale tokenize`` wrote below a folder: to train on, and held out where there is one.
+
+    Raises:
+        DataError: no such cache, not complete, damaged.
+        InputError: made by another tokenizer.
+    """
+    found = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    if not (folder / split).is_dir():
+        there = f"it has {', '.join(found)}" if found else "it holds no tokens"
+        raise DataError(f"{folder} has no tokens of split {split!r}, {there}; make them with `nextscale tokenize`")
+    held_out = next((name for name in (held_out_split, "validation") if held_out_split and name in found), None)
+    names = [split] if held_out is None else [split, held_out]
+    # What is wrong with either is told before the long reading of both.
+    for name in names:
+        check_fits(folder / name, read_manifest(folder / name).job, tokenizer)
+    caches = [TokenDataset(folder / name) for name in names]
+    if len(caches) > 1 and caches[0].class_names != caches[1].class_names:
+        raise InputError(f"{folder}: {split} and {held_out} have other classes; tokenize both from the same data set")
+    return caches[0], caches[1] if len(caches) > 1 else None

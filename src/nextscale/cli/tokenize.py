@@ -1,0 +1,125 @@
+"""``nextscale tokenize``: pictures to cached tokens, which a generator trains on without the pictures."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nextscale.cli import options
+from nextscale.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from nextscale.data import PictureDataset
+
+
+class Crop(str, Enum):
+    """How pictures are cut."""
+
+    middle = "center"
+    pad = "pad"
+    adm = "adm"
+    random = "random"
+    random_resized = "random-resized"
+
+
+def tokenize(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tokens, one folder a split in it.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder of a trained tokenizer, or of a model.")],
+    data: Annotated[
+        str, typer.Option("--data", help="A folder of images (subfolders are classes), a parquet file, or emoji.")
+    ] = "emoji",
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split",
+            help="A split, may be repeated; the first is trained on, the others are held out.",
+            show_default="train, and the set's held-out one",
+        ),
+    ] = None,
+    flips: Annotated[bool, typer.Option("--flips", help="Mirrored versions too, of the first split.")] = False,
+    crop: Annotated[
+        Crop, typer.Option("--crop", help="How pictures are cut to the tokenizer's size; random: the first split only.")
+    ] = Crop.middle,
+    crops: Annotated[int, typer.Option("--crops", min=1, help="Random crops of each picture.")] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", help="Make part i of n, counted from 0, as in 0/4.", show_default="torchrun's"),
+    ] = None,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Pictures a file.")] = 4096,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures encoded at a time.")] = 64,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that decode pictures.")] = 2,
+    device: options.Device = "auto",
+) -> None:
+    """Turn pictures into tokens once, for `nextscale train generator --tokens`. Killed, it goes on where it was.
+
+    \b
+    Examples:
+      nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --flips --out runs/tokens
+      nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --crop random --crops 8 --out runs/tokens
+      nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --shard 0/4 --out runs/tokens
+    """
+    from nextscale.data.pictures_out import check_writable
+    from nextscale.devices import choose_device
+    from nextscale.training import tokens
+    from nextscale.training.token_progress import TokenProgress
+    from nextscale.training.tokenizer_recipe import load_tokenizer
+
+    check_writable(out, folder=True)
+    rank, world = tokens.world_from_environment() if shard is None else read_shard(shard)
+    coder = load_tokenizer(tokenizer).to(choose_device(tokens.own_device(device)))
+
+    def make(dataset: PictureDataset, crops: int, flips: bool) -> None:
+        folder = out / dataset.split
+        show = rank == 0 or shard is not None
+        if show:
+            typer.echo(dataset.summary())
+        with TokenProgress(dataset.split, show) as report:
+            complete = tokens.tokenize(
+                coder, dataset, folder, crops, flips, shard_size, batch_size, workers, rank, world, report
+            )
+        if complete:
+            cache = tokens.TokenDataset(folder)
+            typer.echo(cache.summary())
+            for title, reason in cache.manifest.skipped[:20]:
+                typer.echo(f"  skipped {title}: {reason}")
+        else:
+            typer.echo(f"{folder}: part {rank} of {world} is done; the tokens are complete when the others are")
+
+    trained, *others = split or ["train"]
+    dataset = open_pictures(data, coder.picture_size, trained, crop.value)
+    # Held-out figures must not hang on chance.
+    fixed = "center" if crop in (Crop.random, Crop.random_resized) else crop.value
+    held_out = [open_pictures(data, coder.picture_size, name, fixed) for name in others]
+    if split is None:
+        held_out = open_held_out(dataset, data, coder.picture_size, fixed)
+    make(dataset, crops, flips)
+    for pictures in held_out:
+        make(pictures, 1, False)
+
+
+def open_held_out(dataset: PictureDataset, data: str, size: tuple[int, int], crop: Any) -> list[PictureDataset]:
+    """The split that a data set holds out from training; none where a small folder has nothing in it."""
+    name = "concept-test" if "concept-test" in dataset.source.named_splits() else "validation"
+    try:
+        return [open_pictures(data, size, name, crop)]
+    except DataError as error:
+        typer.echo(f"no held-out tokens: {error}")
+        return []
+
+
+def open_pictures(data: str, size: tuple[int, int], split: str, crop: Any) -> PictureDataset:
+    """A split's pictures, decoded when they are read: of several processes, each decodes its own."""
+    from nextscale.data import open_dataset
+
+    return open_dataset(data, size, split, crop=crop, memory_bytes=0)
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """(i, n) of ``i/n``. Raises InputError for others."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise InputError(f"--shard is {text!r}; give part and number of parts, counted from 0, as in 0/4")
+    return int(first), int(last)

@@ -1,0 +1,93 @@
+"""The tokens of a whole cache by position, mapped from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nextscale.data.token_shards import MANIFEST, Shard, check_shard, read_manifest, shard_file
+from nextscale.errors import DataError
+
+
+class TokenDataset:
+    """The tokens of a complete cache by position; shards are mapped, so a cache larger than memory works.
+
+    Opening reads every shard once: its length, checksum, and the ranges of tokens and labels are verified.
+
+    Args:
+        folder: where ``nextscale tokenize`` wrote.
+        report: called with (done, total) shards while verifying.
+
+    Attributes:
+        job: what the cache holds.
+        labels: long (N, n).
+        rows: (N,) ids of the pictures, as the data set counts them.
+        class_names: one tuple a label kind.
+        mapped: tokens (N, A, L) of every shard, lying in its file.
+
+    Raises:
+        DataError: not a complete cache, or a shard is missing, cut short, damaged or of another cache.
+    """
+
+    def __init__(self, folder: str | Path, report: Callable[[int, int], None] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.job, self.class_names = self.manifest.job, self.manifest.job.class_names
+        if len(self.manifest.shards) != self.job.shards:
+            raise DataError(f"{self.folder / MANIFEST} names {len(self.manifest.shards)} shards, its job has "
+                            f"{self.job.shards}; run the same `nextscale tokenize` again")
+        # Lengths of all before the contents of any: what was cut short is told at once.
+        for entry in self.manifest.shards:
+            self._check_length(entry)
+        shards = []
+        for number, entry in enumerate(self.manifest.shards):
+            mapped = check_shard(self.folder / shard_file(number), self.job, number)
+            if (entry.count, entry.sha256) != (len(mapped.ids_N), mapped.sha256):
+                raise DataError(f"{self.folder / entry.file} is not the shard that {MANIFEST} lists; tokenize again")
+            shards.append(mapped)
+            if report is not None:
+                report(number + 1, len(self.manifest.shards))
+        self.mapped = [mapped.tokens_NAL for mapped in shards]
+        self._starts = np.cumsum([0, *(len(mapped.ids_N) for mapped in shards)])
+        self.labels = torch.cat([mapped.labels_Nn for mapped in shards])
+        self.rows = torch.cat([mapped.ids_N for mapped in shards]).numpy()
+        if not len(self):
+            raise DataError(f"{self.folder} holds no picture; all of them were unreadable")
+
+    def _check_length(self, entry: Shard) -> None:
+        path = self.folder / entry.file
+        if Path(entry.file).name != entry.file or not path.is_file():
+            raise DataError(f"{path} is missing; run the same `nextscale tokenize` again to make it anew")
+        found = path.stat().st_size
+        if found != entry.bytes:
+            how = "cut short" if found < entry.bytes else "too long"
+            raise DataError(f"{path} is {how} ({found:,} of {entry.bytes:,} bytes); remove it and run the same "
+                            "`nextscale tokenize` again, which makes only what is missing")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, positions: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | int = 0) -> Tensor:
+        """Tokens (B, L) of some positions, each in the version asked for, in the cache's integers."""
+        places = np.asarray(positions, dtype=np.int64)
+        wanted = np.broadcast_to(np.asarray(versions, dtype=np.int64), places.shape)
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        found = torch.empty(len(places), self.job.length, dtype=self.job.dtype)
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            rows = torch.from_numpy(places[here] - self._starts[shard])
+            found[torch.from_numpy(here)] = self.mapped[shard][rows, torch.from_numpy(wanted[here])]
+        return found
+
+    def summary(self) -> str:
+        """One line: how many pictures, of what, in which versions."""
+        job = self.job
+        classes = " x ".join(f"{len(names)} classes" for names in self.class_names) or "no classes"
+        versions = f", {job.versions} versions of each" if job.versions > 1 else ""
+        line = (f"{self.folder}: tokens of {len(self):,} pictures of {job.data} [{job.split}], {classes}{versions}, "
+                f"{job.length} tokens on {len(job.grids)} scales")
+        return f"{line}, {len(self.manifest.skipped):,} skipped as unreadable" if self.manifest.skipped else line
