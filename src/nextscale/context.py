@@ -104,6 +104,10 @@ class Context:
         """A value that doesn't change over the run: computed at the first call, kept with the run."""
         return make() if self.memory is None else self.memory.constant(address, make)
 
+    def expect(self, rows: Rows) -> None:
+        """Make the mask of a call without memory before the network asks for it."""
+        self._mask(rows, rows.tags, "")
+
     def remembered(self, who: str) -> Memory:
         """The run's memory, for hooks that can't do without; raises InputError in a pass that has none."""
         if self.memory is None:

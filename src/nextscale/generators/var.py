@@ -4,14 +4,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextscale.context import Context
 from nextscale.errors import InputError
 from nextscale.layers.adaln import Modulation, modulated_norm
+from nextscale.layers.attention import unit_heads
 from nextscale.layers.linear import Linear
 from nextscale.layers.mlp import MLP, drop_path
 from nextscale.plan import Plan
@@ -61,11 +63,11 @@ class SelfAttention(nn.Module):
         r, length, c = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = self.qkv(x, bias.to(self.qkv.weight.dtype))
-        q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        scale = self.plain_scale
-        if self.scale_1H11 is not None:
-            gain = self.scale_1H11.clamp_max(math.log(100.0)).exp().to(q.dtype)
-            q, k, scale = F.normalize(q, dim=-1) * gain, F.normalize(k, dim=-1), 1.0
+        scale = self.plain_scale if self.scale_1H11 is None else 1.0
+        if self.scale_1H11 is None:
+            q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = unit_heads(qkv, self.scale_1H11.clamp_max(math.log(100.0)).exp())
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
         return self.projection(out.transpose(1, 2).reshape(r, length, c))
 
@@ -106,8 +108,11 @@ class Block(nn.Module):
 class VARGenerator(nn.Module):
     """The transformer over a plan of scales. ``embed`` makes rows from step inputs, the call gives hidden states.
 
-    latent_width: channels of the canvas, which step inputs are read from.
+    latent_width: channels of the canvas, which step inputs are read from. Set ``checkpointing`` to keep only the
+    blocks' inputs of a pass with gradients and compute the rest again in the backward pass (arXiv 1604.06174).
     """
+
+    checkpointing = False
 
     def __init__(self, config: VARGeneratorConfig, plan: Plan, latent_width: int, name: str = "base"):
         super().__init__()
@@ -162,7 +167,8 @@ class VARGenerator(nn.Module):
             shared = ctx.once(f"{self.name}.shared_modulation", lambda: layer(rows.cond))
         for i, block in enumerate(self.blocks):
             address = f"{self.name}.{i}"
-            x = ctx.block(address, x, _bound(block, ctx, address, shared), rows)
+            inner = _bound(block, ctx, address, shared)
+            x = ctx.block(address, x, _recomputed(inner) if self.checkpointing and x.requires_grad else inner, rows)
         scale, shift = ctx.once(f"{self.name}.head_modulation",
                                 lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
         return modulated_norm(x, scale, shift)
@@ -170,6 +176,10 @@ class VARGenerator(nn.Module):
 
 def _bound(block: nn.Module, ctx: Context, address: str, shared: Tensor | None):  # type: ignore[no-untyped-def]
     return lambda x, rows: block(x, rows, ctx, address, shared)
+
+
+def _recomputed(f: Any) -> Any:
+    return lambda x, rows: checkpoint(f, x, rows, use_reentrant=False)
 
 
 @torch.no_grad()

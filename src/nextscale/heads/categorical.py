@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.heads.cross_entropy import LinearCrossEntropy, cross_entropy
+from nextscale.layers.bf16_training import trains_in_bf16_on_cpu
 from nextscale.noise import Noise, Recorded, inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
@@ -25,11 +27,16 @@ class CategoricalHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden).float()
 
-    def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy of every position, (B, L), in nats."""
-        logits = self(hidden)
-        return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none",
-                               label_smoothing=label_smoothing).view(target.shape)
+    def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every position in nats, and 1 where no other code is likelier than the target, else 0;
+        both (B, L) float32."""
+        rows, targets = hidden.flatten(0, -2), target.flatten()
+        # An adapted layer lends itself to this method, but its weight is not its product.
+        if isinstance(self, CategoricalHead) and trains_in_bf16_on_cpu(hidden):
+            entropy, right = LinearCrossEntropy.apply(rows, self.weight, self.bias, targets, label_smoothing)
+        else:
+            entropy, right = cross_entropy(self(rows), targets, label_smoothing)
+        return entropy.view(target.shape), right.view(target.shape)
 
     def outputs(self, hidden: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
         """The logits of every branch, (B, L, V), from hidden states of all of them, branch-major."""

@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.layers.bf16_training import ModulatedNorm, trains_in_bf16_on_cpu
 from nextscale.layers.norms import layer_norm
 
 
 def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift."""
+    if trains_in_bf16_on_cpu(x_RLC) and scale_R1C.shape[0] == len(x_RLC) and scale_R1C.shape[1] == 1:
+        return ModulatedNorm.apply(x_RLC, scale_R1C, shift_R1C, 1e-6)
     return torch.addcmul(shift_R1C, layer_norm(x_RLC), 1 + scale_R1C)
 
 

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from nextscale.layers.bf16_training import UnitHeads, trains_in_bf16_on_cpu
 
 SHORT = 256
 """Keys up to which training on a CPU multiplies out the scores: the fused kernel's backward pass is slower there
@@ -21,23 +25,57 @@ def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, 
     FlexAttention ``BlockMask``. scale defaults to E^-0.5.
     """
     if mask is None or isinstance(mask, Tensor):
-        if q_RHLE.device.type == "cpu" and q_RHLE.requires_grad and k_RHNE.shape[2] <= SHORT:
-            return _explicit(q_RHLE, k_RHNE, v_RHNE, mask, scale)
+        if q_RHLE.device.type == "cpu" and q_RHLE.requires_grad and k_RHNE.shape[2] <= SHORT \
+                and not torch.compiler.is_compiling():
+            return _Explicit.apply(q_RHLE, k_RHNE, v_RHNE, mask, q_RHLE.shape[-1]**-0.5 if scale is None else scale)
         return F.scaled_dot_product_attention(q_RHLE, k_RHNE, v_RHNE, attn_mask=mask, scale=scale)
-    return _compiled_flex_attention()(q_RHLE, k_RHNE, v_RHNE, block_mask=mask, scale=scale)
+    flexible: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    return flexible(q_RHLE, k_RHNE, v_RHNE, block_mask=mask, scale=scale)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    scores = ((q * (q.shape[-1]**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)).float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+class _Explicit(torch.autograd.Function):
+    """softmax(scale q k^T + mask) v with the scores multiplied out and kept; the softmax of bfloat16 scores is
+    computed in float32 inside its kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        shapes = q.shape, k.shape, v.shape
+        q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if scale != 1.0:
+            scores.mul_(scale)
+        if mask is not None:
+            hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+            scores.view(*shapes[0][:3], -1).add_(hidden)
+        probability = torch._softmax(scores, -1, False)
+        ctx.save_for_backward(q, k, v, probability)
+        ctx.given = shapes, scale
+        return torch.bmm(probability, v).view(*shapes[0][:3], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, probability = ctx.saved_tensors
+        (of_q, of_k, of_v), scale = ctx.given
+        dout = grads[0].reshape(len(q), q.shape[1], -1)
+        dv = torch.bmm(probability.transpose(1, 2), dout)
+        dscores = torch._softmax_backward_data(torch.bmm(dout, v.transpose(1, 2)), probability, -1, q.dtype)
+        if scale != 1.0:
+            dscores.mul_(scale)
+        dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), q)
+        return dq.view(of_q), dk.view(of_k), dv.view(of_v), None, None
+
+
+def unit_heads(qkv_RLC: Tensor, gain_1H11: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (R, L, 3C) to heads q, k, v (R, H, L, E); q and k of length 1, q times the gain of its head, (1, H, 1, 1)."""
+    if qkv_RLC.dtype == torch.bfloat16 and trains_in_bf16_on_cpu(qkv_RLC):
+        return UnitHeads.apply(qkv_RLC, gain_1H11, 1e-12)
+    q, k, v = qkv_RLC.unflatten(-1, (3, gain_1H11.shape[1], -1)).permute(2, 0, 3, 1, 4)
+    return F.normalize(q, dim=-1) * gain_1H11.to(q.dtype), F.normalize(k, dim=-1), v
 
 
 @functools.lru_cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -50,8 +88,6 @@ def visibility_mask(sees: Callable[[Tensor, Tensor], Tensor], query_step: Tensor
     blocks that nothing sees; else booleans (1|R, 1, L, N).
     """
     if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1 and valid is None:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         query, key = query_step[0], key_step[0]
         return create_block_mask(lambda b, h, i, j: sees(query[i], key[j]), None, None, len(query), len(key),
                                  device=query.device.type)

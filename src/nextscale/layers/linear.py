@@ -1,20 +1,23 @@
 """Linear layers that keep a CPU's matrix units busy."""
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.layers.bf16_training import Gelu, Product, trains_in_bf16_on_cpu
+from nextscale.layers.bf16_training import has_blocked_products as _has_blocked_products
+
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear``, quicker without gradients on a CPU in bfloat16.
+    """``torch.nn.Linear``, quicker on a CPU in bfloat16.
 
     There the product wants its weights in blocks; handed plain ones, the kernel rearranges them in every call, which
-    takes longer than the product where rows are few. A rearranged copy is made at first use and lives beside the
-    weights until they change (in place or by a move); it is not part of the state.
+    takes longer than the product where rows are few. Without gradients, a rearranged copy is made at first use and
+    lives beside the weights until they change (in place or by a move); it is not part of the state. Training has
+    passes of its own (``layers.bf16_training``).
     """
 
     _packed: tuple[tuple[int, int], Tensor] | None = None
@@ -25,6 +28,9 @@ class Linear(nn.Linear):
         if self._packs(x):
             name, variant = ("gelu", "tanh") if gelu else ("none", "")
             return torch.ops.mkldnn._linear_pointwise(x, self._blocked(), bias, name, [], variant)
+        if trains_in_bf16_on_cpu(x):
+            y = Product.apply(x, self.weight, bias)
+            return Gelu.apply(y) if gelu else y
         y = F.linear(x, self.weight, bias)
         return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -47,10 +53,3 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
-
-@functools.cache
-def _has_blocked_products() -> bool:
-    """Whether this torch multiplies bfloat16 by oneDNN here."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

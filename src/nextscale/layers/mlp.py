@@ -1,10 +1,10 @@
 """Feed-forward networks and the dropping of residual branches."""
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from nextscale.layers.linear import Linear
+from nextscale.parallel import rand_pictures
 
 
 class MLP(nn.Module):
@@ -23,5 +23,5 @@ def drop_path(x: Tensor, probability: float, training: bool) -> Tensor:
     """Stochastic depth (arXiv 1603.09382): drop a branch for whole pictures, scale the others by 1 / (1 - p)."""
     if not training or probability == 0.0:
         return x
-    keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= probability
+    keep = rand_pictures(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= probability
     return x * (keep / (1 - probability)).to(x.dtype)

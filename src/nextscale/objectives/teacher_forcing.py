@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,28 @@ def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | No
 
     reads: (B, L_k, latent_width) a step, None for the first; cond_RD: conditions, branch-major.
     """
-    step_1L = plan.step_of_row.to(cond_RD.device)[None]
+    cell_1L3, step_1L = _places(plan, cond_RD.device)
     cond = cond_RD.to(generator.word.weight.dtype)
-    rows = Rows(plan.cells[None].to(cond_RD.device), step_1L, plan.spans(0, len(plan)), plan.length, plan.visible,
-                masked=len(plan) > 1, cond=cond)
+    rows = Rows(cell_1L3, step_1L, plan.spans(0, len(plan)), plan.length, plan.visible, masked=len(plan) > 1, cond=cond)
     return Call(generator.embed(reads, cond, 0, len(plan)), rows, slice(0, plan.length))
+
+
+@lru_cache(maxsize=64)
+def _places(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cell (1, L, 3) and step (1, L) of a plan's rows. The same tensors every time: masks are known by their identity,
+    and a compiled network would be compiled again for others."""
+    with torch.inference_mode(False):  # else a first call under inference mode would spoil them for training
+        return plan.cells[None].to(device, copy=True), plan.step_of_row.to(device, copy=True)[None]
+
+
+@lru_cache(maxsize=64)
+def _mask(plan: Plan, device: torch.device) -> dict[Any, Any]:
+    """What a context holds once the plan's mask was made: so it is made once, and outside of a compiled network."""
+    cell_1L3, step_1L = _places(plan, device)
+    ctx = Context()
+    with torch.inference_mode(False):
+        ctx.expect(Rows(cell_1L3, step_1L, None, None, plan.visible, masked=len(plan) > 1))
+    return ctx.scratch
 
 
 def teacher_forcing_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence[Tensor],
@@ -29,16 +47,17 @@ def teacher_forcing_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence
                          label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of all tokens given the true tokens of all earlier steps.
 
-    loss = sum_k w_k sum_(rows of k) ce / sum_k w_k L_k, with w_k = 1 by default (VAR weighs rows alike).
+    loss = sum_k w_k sum_(rows of k) ce / sum_k w_k L_k, with w_k = 1 by default (VAR weighs rows alike). A plan of the
+    first steps only trains these.
 
-    Returns the loss, the mean cross-entropy of every step (K,) in nats, and the share of right guesses a step (K,).
+    Returns the loss, the mean cross-entropy of every step (K,) in nats, and the share of rows of every step whose true
+    token no other is likelier than (K,).
     """
-    hidden = generator(teacher_forcing_call(generator, plan, reads, cond_BD), Context())
+    ctx = Context()
+    ctx.scratch.update(_mask(plan, cond_BD.device))
+    hidden = generator(teacher_forcing_call(generator, plan, reads, cond_BD), ctx)
     target_BL = torch.cat(list(tokens), 1)
-    logits = head(hidden)
-    entropy_BL = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target_BL.flatten(), reduction="none",
-                                                   label_smoothing=label_smoothing).view(target_BL.shape)
-    right_BL = (logits.detach().argmax(-1) == target_BL).float()
+    entropy_BL, right_BL = head.loss(hidden, target_BL, label_smoothing)
     spans = plan.spans(0, len(plan))
     by_step_K = torch.stack([entropy_BL[:, s.lo:s.hi].mean() for s in spans])
     right_K = torch.stack([right_BL[:, s.lo:s.hi].mean() for s in spans])

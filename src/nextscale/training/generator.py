@@ -5,40 +5,61 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
+from nextscale.errors import InputError
 from nextscale.systems.var import VAR
+from nextscale.training.prefix import Prefix
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
+from nextscale.training.utilisation import MatrixProduct, Utilisation
 
 # The published training leaves these out of weight decay, beside biases, embeddings and other vectors.
 NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11")
 
 
 class GeneratorTask:
-    """Trains a VAR's transformer on cached tokens by teacher forcing.
+    """Trains a VAR's transformer by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
 
-    tokens_NL: tokens of the pictures whose ids are ``ids``; label_dropout: share of pictures trained without labels,
-    part_dropout: share trained without each further kind; validation: tokens and labels to measure on at every
-    sample sheet; sheet_labels: what the sample sheets draw.
+    label_dropout: share of pictures trained without labels, part_dropout: share trained without each further kind;
+    label_smoothing: share of the target spread over all codes; step_weights: of every scale's rows in the loss (None:
+    1); validation: tokens and labels to measure on at every sample sheet; sheet_labels: what the sample sheets draw;
+    prefix: when only the first scales are trained; checkpointing: keep blocks' inputs only and compute again in the
+    backward pass; compile: ``auto`` compiles the network on CUDA, ``on`` everywhere, ``off`` nowhere; backend: what
+    compiles it.
+
+    Raises InputError where the step weights are not one a scale or all zero.
     """
 
     phases: tuple[str, ...] = ("main",)
+    uses_all_parameters = True
 
-    def __init__(self, system: VAR, ids: Tensor, tokens_NL: Tensor, label_dropout: float = 0.1,
-                 part_dropout: float = 0.1, label_smoothing: float = 0.0,
+    def __init__(self, system: VAR, label_dropout: float = 0.1, part_dropout: float = 0.1,
+                 label_smoothing: float = 0.0,
                  step_weights: tuple[float, ...] | None = None,
-                 validation: tuple[Tensor, Tensor] | None = None, sheet_labels: Any = None):
-        self.system, self.tokens_NL = system, tokens_NL
-        self.place = torch.full((int(ids.max()) + 1,), -1)
-        self.place[ids] = torch.arange(len(ids))
+                 validation: tuple[Tensor, Tensor] | None = None, sheet_labels: Any = None,
+                 prefix: Prefix | None = None, checkpointing: bool = False,
+                 compile: Literal["auto", "on", "off"] = "auto", backend: str = "inductor"):
+        scales = len(system.plan)
+        if step_weights is not None and (len(step_weights) != scales or min(step_weights) < 0
+                                         or not any(step_weights)):
+            raise InputError(f"step_weights: {len(step_weights)} are given for {scales} scales; give one a scale, none "
+                             "negative and not all zero")
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+        self.system = system
         self.label_dropout, self.part_dropout = label_dropout, part_dropout
         self.label_smoothing, self.step_weights = label_smoothing, step_weights
         self.validation, self.sheet_labels = validation, sheet_labels
+        self.prefix = prefix or Prefix()
+        self.prefix.at(0.0, scales)
+        self.compile, self.backend = compile, backend
+        self._utilisation: Utilisation | None = None
         system.tokenizer.requires_grad_(False).eval()
+        system.generator.checkpointing = checkpointing
         self.modules: dict[str, nn.Module] = {"generator": system.generator, "head": system.head,
                                               "labels": system.labels}
 
@@ -56,27 +77,59 @@ class GeneratorTask:
         return list(tokens_BL.long().split([step.rows for step in self.system.plan], 1))
 
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
-        tokens = self._split(self.tokens_NL[self.place[batch["id"].cpu()]].to(self.system.device))
+        if self._utilisation is None:
+            self._begin()
+        scales, newest = self.prefix.at(at.progress, len(self.system.plan))
+        tokens = self._split(batch["tokens"])[:scales]
+        self._count(len(tokens[0]), scales)
+        weights = list(self.step_weights or (1.0,) * len(self.system.plan))[:scales]
+        weights[-1] *= newest
         loss, by_step_K, right_K = self.system.loss(tokens, batch["labels"], self.label_dropout, self.part_dropout,
-                                                    self.step_weights, self.label_smoothing)
-        metrics: dict[str, Tensor | float] = {f"nats_{k}": v for k, v in enumerate(by_step_K)}
-        metrics["accuracy"] = (right_K * self._rows_K(right_K)).sum() / self.system.plan.length
-        metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K)
+                                                    weights, self.label_smoothing)
+        metrics = {**_by_scale("nats", by_step_K), **_by_scale("accuracy", right_K),
+                   "accuracy": self._over_rows(right_K)}
+        if scales == len(self.system.plan):
+            metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K)
+        else:
+            metrics["scales"] = float(scales)
         return loss, metrics
+
+    def _begin(self) -> None:
+        """What hangs on the device, which is known when the first batch comes."""
+        device = self.system.device
+        if self.compile == "on" or (self.compile == "auto" and device.type == "cuda"):
+            self.system.generator.compile(backend=self.backend, dynamic=False)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.system.head.weight.dtype
+        self._utilisation = Utilisation(device, dtype)
+
+    def _count(self, pictures: int, scales: int) -> None:
+        assert self._utilisation is not None
+        with torch.random.fork_rng():  # the step's own draws stay what they are
+            self._utilisation.add((pictures, scales), lambda: [MatrixProduct(*p) for p in
+                                                               self.system.products(pictures, scales)])
+
+    def _over_rows(self, value_K: Tensor) -> Tensor:
+        """The mean over rows from means over each scale's rows."""
+        rows_K = self._rows_K(value_K)[:len(value_K)]
+        return (value_K * rows_K).sum() / rows_K.sum()
 
     def _bits_per_dimension(self, by_step_K: Tensor) -> Tensor:
         """Bits a colour value that coding the picture's tokens with this model would take."""
         h, w = self.system.tokenizer.picture_size
-        return (by_step_K * self._rows_K(by_step_K)).sum() / (math.log(2) * 3 * h * w)
+        return self._over_rows(by_step_K) * (self.system.plan.length / (math.log(2) * 3 * h * w))
 
     def _rows_K(self, like: Tensor) -> Tensor:
         return torch.tensor([step.rows for step in self.system.plan], device=like.device)
 
     def after_step(self, at: TrainingStep) -> Metrics:
-        return {}
+        used = None if self._utilisation is None else self._utilisation.step()
+        return {} if used is None else {"flop_utilisation": used}
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         """A sheet of samples from the averaged weights, and the loss on held-out pictures."""
+        if self._utilisation is not None:
+            self._utilisation.pause()
         with self._using(averaged):
             self.system.eval()
             if self.sheet_labels is not None:
@@ -99,19 +152,24 @@ class GeneratorTask:
         if self.validation is None:
             return None
         tokens_NL, labels = self.validation
-        sums, count = torch.zeros(len(self.system.plan)), 0
+        nats_K, right_K = torch.zeros(len(self.system.plan)), torch.zeros(len(self.system.plan))
         for start in range(0, len(tokens_NL), 64):
             part = self._split(tokens_NL[start:start + 64].to(self.system.device))
-            _, by_step_K, _ = self.system.loss(part, labels[start:start + 64].to(self.system.device), 0.0, 0.0)
-            sums += by_step_K.cpu() * len(part[0])
-            count += len(part[0])
-        means_K = sums / count
-        nats = (means_K * self._rows_K(means_K)).sum() / self.system.plan.length
-        return {"held_out/nats_per_token": float(nats),
-                "held_out/bits_per_dimension": float(self._bits_per_dimension(means_K))}
+            _, by_step_K, guessed_K = self.system.loss(part, labels[start:start + 64].to(self.system.device), 0.0, 0.0)
+            share = len(part[0]) / len(tokens_NL)
+            nats_K += by_step_K.cpu() * share
+            right_K += guessed_K.cpu() * share
+        found = {"nats_per_token": self._over_rows(nats_K), "accuracy": self._over_rows(right_K),
+                 "bits_per_dimension": self._bits_per_dimension(nats_K), **_by_scale("nats", nats_K),
+                 **_by_scale("accuracy", right_K)}
+        return {f"held_out/{name}": float(value) for name, value in found.items()}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         return None
+
+
+def _by_scale(name: str, value_K: Tensor) -> dict[str, Tensor | float]:
+    return {f"{name}_{k}": value for k, value in enumerate(value_K)}

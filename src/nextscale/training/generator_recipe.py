@@ -4,30 +4,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from nextscale import parallel
 from nextscale.configuration import build
-from nextscale.data.datasets import terminal_report
+from nextscale.devices import choose_device
 from nextscale.errors import InputError
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.sampling.generation import Settings
 from nextscale.systems import var
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
-from nextscale.training.recipes import DataRecipe, check_size, open_splits, train_on
+from nextscale.training.prefix import Prefix
+from nextscale.training.recipes import DataRecipe
+from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.tokenizer_recipe import load_tokenizer
-from nextscale.training.tokens import cached_tokens
-from nextscale.training.trainer import TrainResult
+from nextscale.training.trainer import Trainer, TrainResult
 
 
 @dataclass(frozen=True)
 class GeneratorTraining:
-    """A generator's recipe. tokenizer: folder that a tokenizer's training made; gate: VAR's initial factor on the
-    residual gates; settings: how the finished model samples by default; threads: of the processor, 0 for all."""
+    """A generator's recipe. tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale
+    tokenize`` made with it, in the place of the pictures of ``data``; gate: VAR's initial factor on the residual
+    gates; prefix, checkpointing, compile and what comes before the gate: as ``GeneratorTask`` has them; settings: how
+    the finished model samples by default; threads: of the processor, 0 for all."""
 
     tokenizer: str = ""
+    tokens: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
     generator: VARGeneratorConfig = field(default_factory=VARGeneratorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -36,6 +41,9 @@ class GeneratorTraining:
     label_smoothing: float = 0.0
     step_weights: tuple[float, ...] | None = None
     gate: float = 1e-3
+    prefix: Prefix = field(default_factory=Prefix)
+    checkpointing: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
     settings: Settings = field(default_factory=Settings)
     threads: int = 0
 
@@ -46,30 +54,25 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     if not wanted.tokenizer:
         raise InputError("recipe: tokenizer is missing; name the folder that `nextscale train tokenizer` made")
     tokenizer = load_tokenizer(Path(wanted.tokenizer))
-    check_size(tokenizer.config, wanted.data)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-    dataset, held_out = open_splits(wanted.data)
-    if not dataset.class_names:
-        raise InputError(f"{wanted.data.spec}: the pictures have no classes, which a class-conditional VAR needs; "
-                         "put them into one folder a class")
+    tokenizer.to(choose_device(wanted.train.device))
+    dataset, held_out = training_tokens(wanted, tokenizer, out)
     names = tuple(tuple(kind) for kind in dataset.class_names)
     config = var.VARConfig(tokenizer.config, wanted.generator, tuple(len(kind) for kind in names), names,
                            {"pictures": wanted.settings, "fid": wanted.settings})
     torch.manual_seed(wanted.train.seed)
     system = var.VAR(config).initialise(wanted.gate)
     system.tokenizer.load_state_dict(tokenizer.state_dict())
-    out.mkdir(parents=True, exist_ok=True)
-    tokens_NL = cached_tokens(system, dataset, out / "tokens-train.safetensors", terminal_report)
-    validation = None
-    if held_out is not None:
-        validation = (cached_tokens(system, held_out, out / "tokens-held-out.safetensors"), held_out.labels)
-    task = GeneratorTask(system, torch.from_numpy(dataset.rows), tokens_NL, wanted.label_dropout, wanted.part_dropout,
-                         wanted.label_smoothing, wanted.step_weights, validation, _sheet_labels(config))
-    trainer, result = train_on(task, dataset, wanted.data, wanted.train, out, resume)
+    validation = None if held_out is None else (held_out.read(range(len(held_out))), held_out.labels)
+    task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
+                         wanted.step_weights, validation, _sheet_labels(config), wanted.prefix, wanted.checkpointing,
+                         wanted.compile)
+    trainer = Trainer(task, token_loader(dataset, wanted.data, wanted.train), wanted.train, out, resume)
+    result = trainer.train()
     for name, module in trainer.averaged_modules().items():
-        getattr(system, name).load_state_dict(module.state_dict())
-    var.save(system, out / "model")
+        setattr(system, name, module)
+    parallel.on_main(lambda: var.save(system, out / "model"))
     return result
 
 
