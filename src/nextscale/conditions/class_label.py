@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.errors import InputError
+from nextscale.parallel import rand_pictures
 
 
 class ClassTable(nn.Module):
@@ -36,12 +37,12 @@ class ClassTable(nn.Module):
 
     def drop(self, labels_Bn: Tensor, together: float, apart: float = 0.0) -> Tensor:
         """Labels for training with guidance: all kinds of a picture are dropped with one probability, each kind but
-        the first by itself with another. Uses torch's generator."""
+        the first by itself with another. Uses torch's generator, by ``rand_pictures``."""
         b, n = labels_Bn.shape
         device = labels_Bn.device
-        gone = (torch.rand(b, 1, device=device) < together).expand(b, n)
+        gone = (rand_pictures(b, 1, device=device) < together).expand(b, n)
         if apart and n > 1:
-            gone = gone | ((torch.rand(b, n, device=device) < apart) & (torch.arange(n, device=device) > 0))
+            gone = gone | ((rand_pictures(b, n, device=device) < apart) & (torch.arange(n, device=device) > 0))
         return torch.where(gone, self.null, labels_Bn)
 
 
