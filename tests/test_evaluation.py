@@ -62,7 +62,7 @@ def test_nearest_refuses_other_widths_and_too_many_neighbours() -> None:
         nearest(torch.zeros(2, 4), torch.zeros(3, 4), k=4)
 
 
-def naive_coverage(real: Tensor, made: Tensor, k: int) -> tuple[float, float, float]:
+def naive_coverage(real: Tensor, made: Tensor, k: int) -> tuple[float, float, float, float]:
     def radius(points: Tensor, i: int) -> float:
         return float(sorted(float((points[i] - points[j]).norm()) for j in range(len(points)) if j != i)[k - 1])
 
@@ -70,9 +70,10 @@ def naive_coverage(real: Tensor, made: Tensor, k: int) -> tuple[float, float, fl
         return any(float((x - centres[i]).norm()) <= radius(centres, i) for i in range(len(centres)))
 
     precision = sum(inside(x, real) for x in made) / len(made)
+    balls = sum(float((real[i] - y).norm()) <= radius(real, i) for i in range(len(real)) for y in made)
     recall = sum(inside(x, made) for x in real) / len(real)
     covered = sum(min(float((real[i] - y).norm()) for y in made) <= radius(real, i) for i in range(len(real)))
-    return precision, recall, covered / len(real)
+    return precision, recall, covered / len(real), balls / (k * len(made))
 
 
 def test_recall_and_coverage_equal_their_definitions() -> None:
@@ -83,8 +84,8 @@ def test_recall_and_coverage_equal_their_definitions() -> None:
 
 def test_recall_and_coverage_on_known_cases() -> None:
     real = torch.randn(40, 3)
-    assert tuple(coverage(real, real.clone())) == (1, 1, 1)
-    assert tuple(coverage(real, real + 100)) == (0, 0, 0)
+    assert tuple(coverage(real, real.clone()))[:3] == (1, 1, 1)
+    assert tuple(coverage(real, real + 100)) == (0, 0, 0, 0)
     one_mode = real[:1] + torch.randn(40, 3) * 1e-3
     fallen = coverage(real, one_mode)
     assert fallen.precision == 1 and fallen.recall <= 0.1 and fallen.coverage < 0.5

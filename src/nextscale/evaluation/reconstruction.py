@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.evaluation.blocks import Blocks
+from nextscale.evaluation.distances import structural_similarity
+from nextscale.evaluation.sets import Codec, Pictures, Subject, to_bytes
 from nextscale.objectives.reconstruction import psnr
 
 __all__ = [
@@ -18,19 +21,14 @@ __all__ = [
     "Reconstruction",
     "after_each_scale",
     "code_usage",
+    "preview_blocks",
     "psnr",
     "reconstruct",
+    "reconstruction_blocks",
+    "reconstruction_figures",
     "summary",
     "thumbnails",
 ]
-
-
-class Codec(Protocol):
-    """What a system offers here: pictures to tokens of every scale and back."""
-
-    def encode(self, pictures: Tensor) -> list[Tensor]: ...
-
-    def decode(self, tokens: Sequence[Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,14 @@ class CodeUsage:
 
 
 def code_usage(tokens: Sequence[Tensor], vocabulary: int) -> list[CodeUsage]:
-    """Usage of the codebook by tokens (N, L_k) of every scale, and over all scales as the last entry."""
+    """Usage of the codebook by tokens (N, L_k) of every scale, or their bits (N, L_k, bits), and over all scales as the
+    last entry."""
     found = []
-    for of_scale in [*tokens, torch.cat([step.flatten() for step in tokens])]:
-        counts_V = torch.bincount(of_scale.flatten(), minlength=vocabulary).double()
-        shares = counts_V[counts_V > 0] / counts_V.sum()
+    flat = [step.flatten(0, 1) for step in tokens]  # (N L_k,), or (N L_k, bits) of tokens that are bits
+    for codes in [*flat, torch.cat(flat)]:
+        # Not a histogram over the vocabulary: bitwise tokenizers have 2^18 codes and more.
+        counts = codes.unique(dim=0, return_counts=True)[1].double()
+        shares = counts / counts.sum()
         used = len(shares)
         found.append(CodeUsage(used, used / vocabulary, math.exp(-float((shares * shares.log()).sum()))))
     return found
@@ -103,3 +104,48 @@ def summary(values_N: Tensor) -> dict[str, float]:
     """Mean, median, and the 5th and 95th percentile."""
     low, middle, high = torch.quantile(values_N.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     return {"mean": float(values_N.double().mean()), "median": middle, "p5": low, "p95": high}
+
+
+def reconstruction_blocks(out: Any, subject: Subject, pictures: Pictures,
+                          batch_size: int) -> tuple[Blocks, Callable[[range], Any]]:
+    """Pictures of a set through the tokenizer and back, as 8-bit pictures rounded to the nearest grey level, with their
+    tokens, PSNR and SSIM against the originals."""
+    request = {"of": dict(pictures.request), "tokenizer": subject.fingerprint}
+
+    def make(block: range) -> dict[str, Tensor]:
+        originals = pictures.read(block)
+        found = reconstruct(subject.codec, originals, batch_size)
+        kept = to_bytes(found.pictures)
+        shown = kept.float() / 127.5 - 1
+        tokens = {f"tokens_{k}": step.int() for k, step in enumerate(found.tokens)}
+        return {"pictures": kept, "psnr": psnr(originals, shown),
+                "ssim": structural_similarity(originals, shown).float(), **tokens}
+
+    return Blocks(out, "reconstruction", request, pictures.total), make
+
+
+def preview_blocks(out: Any, subject: Subject, pictures: Pictures, most: int,
+                   batch_size: int) -> tuple[Blocks, Callable[[range], Any]]:
+    """Mean squared error (n, K) of the preview after every scale, of the first ``most`` pictures."""
+    request = {"of": dict(pictures.request), "tokenizer": subject.fingerprint}
+
+    def make(block: range) -> dict[str, Tensor]:
+        originals = pictures.read(block)
+        tokens = reconstruct(subject.codec, originals, batch_size).tokens
+        return {"error": after_each_scale(subject.codec, originals, tokens, batch_size)}
+
+    return Blocks(out, "previews", request, min(most, pictures.total)), make
+
+
+def reconstruction_figures(found: dict[str, Tensor], errors_NK: Tensor, subject: Subject) -> dict[str, Any]:
+    """PSNR (dB), SSIM, codebook usage a scale and over all, tokens and bits a picture, PSNR after every scale."""
+    steps = sum(name.startswith("tokens_") for name in found)
+    tokens = [found[f"tokens_{k}"].long() for k in range(steps)]
+    return {
+        "pictures": len(found["psnr"]), "psnr": summary(found["psnr"]), "ssim": summary(found["ssim"]),
+        "tokens": sum(step.shape[1] for step in tokens), "tokens_by_scale": [step.shape[1] for step in tokens],
+        "vocabulary": subject.vocabulary, "bits_a_picture": subject.bits,
+        "usage": [asdict(usage) for usage in code_usage(tokens, subject.vocabulary)],
+        "psnr_after_scale": (10 * torch.log10(4 / errors_NK.clamp_min(1e-10))).mean(0).tolist(),
+        "rounding": "8 bit, to the nearest grey level",
+    }
