@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from nextscale.data import ClassBalancedOrder, Loader, open_dataset
+from nextscale.parallel import rand_pictures
 from nextscale.training import TrainConfig, Trainer, TrainingStep, decay_groups
 
 
@@ -57,7 +58,8 @@ class AutoencoderTask:
 
     def loss(self, phase: str, batch: dict[str, Tensor], at: TrainingStep) -> tuple[Tensor | None, dict[str, Any]]:
         picture = batch["picture"]
-        out = self.modules["autoencoder"](picture + self.noise * torch.randn_like(picture))
+        noise = 2 * rand_pictures(*picture.shape) - 1
+        out = self.modules["autoencoder"](picture + self.noise * noise)
         error = (out.float() - picture).square().mean()
         return error, {"error": error, "mean": float(out.detach().float().mean())}
 

@@ -16,7 +16,7 @@ PACKAGE = Path(nextscale.__file__).parent
 
 # What only some commands need: the core must start without it and without paying for it.
 HEAVY = (
-    "accelerate", "fastapi", "lpips", "matplotlib", "pandas", "peft", "pyarrow", "resvg_py", "rich", "scipy",
+    "datasets", "fastapi", "lpips", "matplotlib", "pandas", "peft", "pyarrow", "resvg_py", "rich", "scipy",
     "tensorboard", "torch.utils.tensorboard", "torch_fidelity", "torchmetrics", "torchvision", "transformers",
     "typer", "uvicorn", "webdataset",
 )  # fmt: skip

@@ -6,7 +6,7 @@ beside it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -85,6 +85,21 @@ class Plan:
         """A next-scale plan from sides or (h, w) pairs, coarse to fine."""
         pairs = [(g, g) if isinstance(g, int) else (int(g[0]), int(g[1])) for g in grids]
         return cls(tuple(Step(pair, maps) for pair in pairs), visible)
+
+    def stretched(self, grid: tuple[int, int]) -> Plan:
+        """The same steps for another last grid: every side keeps its share of the last grid's, and is at least 1.
+
+        Raises:
+            InputError: a step predicts a part of its cells only, whose number cannot follow.
+        """
+        if grid == self.grid:
+            return self
+        if any(step.count is not None for step in self.steps):
+            raise InputError("plan: steps that predict a part of their cells cannot follow another size")
+        (height, width), (high, wide) = self.grid, grid
+        sides = [(max(1, round(h * high / height)), max(1, round(w * wide / width)))
+                 for h, w in (step.grid for step in self.steps)]
+        return replace(self, steps=tuple(replace(step, grid=one) for step, one in zip(self.steps, sides, strict=True)))
 
     def __len__(self) -> int:
         return len(self.steps)

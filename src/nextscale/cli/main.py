@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nextscale import __version__
-from nextscale.cli import convert, data, edit, generate, models, reconstruct, train
+from nextscale.cli import convert, data, edit, evaluate, generate, models, reconstruct, scaling, tokenize, train
 from nextscale.errors import NextscaleError
 
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
@@ -42,6 +42,9 @@ def start(
 app.command("generate")(generate.generate)
 app.command("edit")(edit.edit)
 app.command("reconstruct")(reconstruct.reconstruct)
+app.command("evaluate")(evaluate.evaluate)
+app.command("scaling")(scaling.scaling)
+app.command("tokenize")(tokenize.tokenize)
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
 app.command("models")(models.list_models)
@@ -55,7 +58,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(None if arguments is None else list(arguments), prog_name="nextscale", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except NextscaleError as error:
-        return _fail(str(error))
+        # Of several processes the one that met the error tells it.
+        return USAGE_EXIT if type(error).__name__ == "ElsewhereError" else _fail(str(error))
     except typer.Abort:
         return INTERRUPTED_EXIT
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``nextscale train``: a tokenizer, then a generator on its codes."""
+"""``nextscale train``: a tokenizer, then a generator on its codes; fine-tuning of a trained model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextscale.errors import InputError
+from nextscale.cli import options
+from nextscale.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from nextscale.training.trainer import TrainResult
 
-app = typer.Typer(help="Train a tokenizer, then a generator on its codes.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Train a tokenizer, then a generator on its codes; or fine-tune a trained model.", rich_markup_mode=None
+)
 
 Recipe = Annotated[str, typer.Option("--recipe", help="A recipe of the package, or your own .toml or .yaml file.")]
 Data = Annotated[
@@ -62,6 +65,10 @@ def generator(
         str | None,
         typer.Option("--tokenizer", help="Folder of a trained tokenizer, or of a model.", show_default="the recipe's"),
     ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", help="Folder that tokenize wrote; pictures are not needed then.", show_default=False),
+    ] = None,
     resume: Resume = False,
     set_: Overrides = None,
 ) -> None:
@@ -70,6 +77,7 @@ def generator(
     \b
     Example:
       nextscale train generator --data photos/ --tokenizer runs/tokenizer/tokenizer --out runs/generator
+      nextscale train generator --tokens runs/tokens --tokenizer runs/tokenizer/tokenizer --out runs/generator
       nextscale generate --model runs/generator/model --out out/mine.png
     """
     from nextscale.training.generator_recipe import train_generator
@@ -78,7 +86,82 @@ def generator(
     changes = _changes(data, set_)
     if tokenizer is not None:
         changes["tokenizer"] = tokenizer
+    if tokens is not None:
+        changes["tokens"] = tokens
     _train(train_generator, read_recipe(recipe), changes, out, resume, out / "model")
+
+
+@app.command("finetune")
+def finetune(
+    model: options.Model,
+    out: Out,
+    recipe: Recipe = "finetune-lora",
+    data: Data = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option("--lora-rank", help="Rank of the adapters; 0 trains all weights.", show_default="the recipe's"),
+    ] = None,
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+    resume: Resume = False,
+    set_: Overrides = None,
+) -> None:
+    """Fine-tune a trained model on your own pictures; OUT/model/ is the result, OUT/adapters/ what was learned.
+
+    \b
+    Examples:
+      nextscale train finetune --model runs/generator/model --data photos/ --out runs/mine
+      nextscale train finetune --model var-d16/ --data photos/ --lora-rank 32 --out runs/mine
+      nextscale train finetune --model var-d16/ --data photos/ --recipe finetune-full --out runs/mine
+    """
+    from nextscale.training.finetune_recipe import train_finetune
+    from nextscale.training.recipes import read_recipe
+
+    changes = _changes(data, set_)
+    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights, "lora.rank": lora_rank}
+    changes.update({key: value for key, value in given.items() if value is not None})
+    _train(train_finetune, read_recipe(recipe), changes, out, resume, out / "model")
+
+
+@app.command("targets")
+def targets(model: options.Model) -> None:
+    """List the layers of a model that adapters can go to, by the names that lora.targets takes; * marks the default.
+
+    \b
+    Example: nextscale train targets --model var-d16
+    """
+    from nextscale.training.finetune_recipe import model_targets
+
+    rows = model_targets(model)
+    width = max(len(name) for name, *_ in rows)
+    for name, count, shape, default in rows:
+        typer.echo(f"{'*' if default else ' '} {name:{width}s}  {count:3d} x  {shape}")
+
+
+@app.command("merge")
+def merge(
+    model: options.Model,
+    adapters: Annotated[Path, typer.Option("--adapters", help="The folder that finetune wrote as OUT/adapters.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+    dtype: Annotated[
+        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
+    ] = options.Precision.bf16,
+) -> None:
+    """Write adapters into the model that they were trained on, as a model for generate, edit and load.
+
+    \b
+    Example: nextscale train merge --model var-d16/ --adapters runs/mine/adapters --out runs/merged
+    """
+    from nextscale.data.pictures_out import check_writable
+    from nextscale.training.finetune_recipe import merge_adapters
+
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there already and not an empty folder; choose another")
+    check_writable(out, folder=True)
+    merge_adapters(model, adapters, out, dtype.value, weights, tokenizer_weights)
+    typer.echo(f"{out}: done")
 
 
 def _train(
@@ -90,12 +173,14 @@ def _train(
     result: Path,
 ) -> None:
     from nextscale.data.pictures_out import check_writable
+    from nextscale.parallel import processes
 
     check_writable(out, folder=True)
     for key, value in changes.items():
         override(recipe, key, value)
-    run(recipe, out, resume)
-    typer.echo(f"{result}: done")
+    with processes():
+        run(recipe, out, resume)
+        typer.echo(f"{result}: done")
 
 
 def _changes(data: str | None, given: list[str] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,9 @@ class VARConfig:
 
 class VAR(nn.Module):
     """The system: ``generate``, ``stream``, ``edit``, ``log_prob``, ``encode``, ``decode``, ``loss``."""
+
+    # What low-rank adapters go to by default; modulations, a third of the weights, act on one row a picture only.
+    adapter_targets = ("attention.qkv", "attention.projection", "mlp.expand", "mlp.contract")
 
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -244,7 +247,7 @@ class VAR(nn.Module):
                hooks: Sequence[Hook]) -> Iterator[Run]:
         guidance = guidance or make_guidance(used.guidance_scale, used.guidance_schedule)
         filters = make_filters(used.temperature, used.top_k, used.top_p)
-        soft = smooth_codes(self.tokenizer.quantiser.codebook.weight) if used.smooth else None
+        soft = smooth_codes(self.tokenizer.quantiser.codes_VC()) if used.smooth else None
         with ExitStack() as stack:
             if self.training:
                 self.eval()
@@ -301,13 +304,33 @@ class VAR(nn.Module):
     def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher-forcing cross-entropy: the loss, its value at every step (K,), the share of right guesses (K,)."""
+        """Teacher-forcing cross-entropy: the loss, its value at every step (K,), the share of right guesses (K,).
+
+        tokens: of every step, (B, L_k); of the first steps only, to train these.
+        """
+        plan = self.plan if len(tokens) == len(self.plan) else replace(self.plan, steps=self.plan.steps[:len(tokens)])
         with torch.no_grad():
             canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(labels_Bn), labels_Bn.device)
             reads = pyramid.replay(list(tokens), canvas).reads
         cond = self.labels(self.labels.drop(labels_Bn, label_dropout, part_dropout))
-        return teacher_forcing_loss(self.generator, self.head, self.plan, tokens, reads, cond, step_weights,
+        return teacher_forcing_loss(self.generator, self.head, plan, tokens, reads, cond, step_weights,
                                     label_smoothing)
+
+    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        """The matrix products of a training pass over the first ``steps`` steps: (n, k, m, how many, batch, share of
+        the arithmetic that the visibility asks for)."""
+        plan = replace(self.plan, steps=self.plan.steps[:steps])
+        rows, c, config = pictures * plan.length, self.config.generator.width, self.config.generator
+        inner = round(c * config.mlp_ratio)
+        modulations = 1 if config.shared_modulation else config.depth
+        shown, batch, width = plan.pairs / plan.length**2, pictures * config.heads, c // config.heads
+        return [(rows, c, 3 * c, config.depth, 1, 1.0), (rows, c, c, config.depth, 1, 1.0),
+                (rows, c, inner, config.depth, 1, 1.0), (rows, inner, c, config.depth, 1, 1.0),
+                (plan.length, width, plan.length, config.depth, batch, shown),
+                (plan.length, plan.length, width, config.depth, batch, shown),
+                (rows, c, self.config.tokenizer.vocabulary, 1, 1, 1.0),
+                (rows, self.config.tokenizer.autoencoder.latent_width, c, 1, 1, 1.0),
+                (pictures, c, 6 * c, modulations, 1, 1.0), (pictures, c, 2 * c, 1, 1, 1.0)]
 
 
 # Published sizes and settings

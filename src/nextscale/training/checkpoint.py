@@ -2,6 +2,10 @@
 
 A checkpoint is written under a hidden temporary name in the same folder, flushed to the disk, and renamed as a whole.
 Nothing is ever pickled.
+
+Where weights are spread over processes (FSDP), every process writes its own part, as one safetensors file in the
+folder ``shards``, through ``torch.distributed.checkpoint``; rank 0 renames the folder when all have written. Either
+kind is read by any number of processes, with weights spread or not.
 """
 
 from __future__ import annotations
@@ -10,19 +14,26 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from nextscale import parallel
 from nextscale.errors import WeightsError
 
 FORMAT = 1
+SHARDS = "shards"
 FOLDER = "checkpoints"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -36,7 +47,7 @@ class Checkpoint:
 
     Attributes:
         step: optimiser steps done.
-        tensors: file name (without suffix) -> name -> tensor, on the CPU.
+        tensors: group (a file, without suffix, where tensors are whole) -> name -> tensor.
         state: anything JSON can hold, floats kept to the last bit.
     """
 
@@ -82,27 +93,77 @@ def clear_leftovers(out: str | Path) -> None:
 
 
 def write_checkpoint(out: str | Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the latest ``keep``.
+    """Writes a checkpoint and removes all but the latest ``keep``; where tensors are sharded, with all processes.
 
     Raises:
         WeightsError: it could not be written (no space left, no permission); nothing half-written stays, and earlier
             checkpoints are untouched.
+        ElsewhereError: the same in the other processes.
     """
     folder = Path(out) / FOLDER
     target = folder / f"step-{checkpoint.step:08d}"
     working = folder / f".step-{checkpoint.step:08d}.writing"
+    sharded = any(isinstance(tensor, DTensor) for group in checkpoint.tensors.values() for tensor in group.values())
+    failed = ""
+    if sharded:
+        parallel.on_main(lambda: _make_folder(out, working, target))
+        failed = _write_shards(working / SHARDS, checkpoint.tensors)
+    parallel.on_main(lambda: _finish(out, working, target, checkpoint, sharded, failed, keep))
+    return target
+
+
+def _make_folder(out: str | Path, working: Path, target: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        working.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir()
+    except OSError as error:
+        raise _unwritten(out, target, error) from None
+
+
+def _unwritten(out: str | Path, target: Path, error: Exception | str) -> WeightsError:
+    kept = latest(out)
+    have = f"the last good one is {kept}" if kept else "there is none yet"
+    reason = getattr(error, "strerror", None) or str(error)
+    return WeightsError(f"checkpoint {target} could not be written ({reason}); {have}. Free some space, then resume")
+
+
+def _write_shards(folder: Path, groups: Mapping[str, Group]) -> str:
+    """Writes this process's parts of all tensors, together with the other processes; returns what went wrong."""
+    flat = {f"{group}/{name}": tensor.detach() for group, tensors in groups.items() for name, tensor in tensors.items()}
+    failed = ""
+    try:
+        dcp.save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        failed = "; ".join(f"process {number}: {trace[0]}" for number, trace in error.failures.items())
+    except (OSError, SafetensorError) as error:
+        failed = str(error)
+    return failed
+
+
+def _finish(
+    out: str | Path, working: Path, target: Path, checkpoint: Checkpoint, sharded: bool, failed: str, keep: int
+) -> None:
+    """What one process does: tensors that are not sharded, the state, the renaming."""
+    folder = working.parent
+    try:
+        if failed:
+            raise OSError(failed)
         files: dict[str, int] = {}
-        for name, tensors in checkpoint.tensors.items():
+        if sharded:
+            for path in sorted((working / SHARDS).iterdir()):
+                files[f"{SHARDS}/{path.name}"] = path.stat().st_size
+            _flush(working / SHARDS)
+        else:
+            _make_folder(out, working, target)
+        for name, tensors in {} if sharded else checkpoint.tensors.items():
             path = working / f"{name}.safetensors"
             # Clones, because safetensors refuses tensors that share memory (tied weights).
             save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path)
             _flush(path)
             files[name] = path.stat().st_size
-        state = {"format": FORMAT, "step": checkpoint.step, "files": files, "state": checkpoint.state}
+        state = {"format": FORMAT, "step": checkpoint.step, "sharded": sharded, "files": files}
+        state["state"] = checkpoint.state
         (working / _STATE).write_text(json.dumps(state), encoding="utf-8")
         _flush(working / _STATE)
         _flush(working)
@@ -112,15 +173,9 @@ def write_checkpoint(out: str | Path, checkpoint: Checkpoint, keep: int) -> Path
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(working, ignore_errors=True)
-        kept = latest(out)
-        have = f"the last good one is {kept}" if kept else "there is none yet"
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WeightsError(
-            f"checkpoint {target} could not be written ({reason}); {have}. Free some space, then resume"
-        ) from None
+        raise _unwritten(out, target, error) from None
     for old in checkpoints(out)[:-keep]:
         _remove(old)
-    return target
 
 
 def _flush(path: Path) -> None:
@@ -139,8 +194,13 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads one checkpoint folder.
+def read_checkpoint(path: str | Path, patterns: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """Reads one checkpoint folder, whichever number of processes wrote it.
+
+    Args:
+        path: the folder.
+        patterns: parameters by name; what was saved under such a name (the weight, its average, its optimiser state)
+            is sharded as the parameter is, of which each process then reads only its part. Tensors are whole without.
 
     Raises:
         WeightsError: not a checkpoint of this library, or a file of it is missing, truncated or damaged.
@@ -155,18 +215,63 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise WeightsError(f"{path / _STATE} is damaged ({error}); {advice}") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not isinstance(saved.get("files"), dict):
         raise WeightsError(f"{path / _STATE} is not a checkpoint of this version (format {FORMAT}); {advice}")
-    tensors = {}
+    sharded = bool(saved.get("sharded"))
+    tensors: dict[str, Group] = {}
     for name, size in saved["files"].items():
-        file = path / f"{name}.safetensors"
-        if Path(name).name != name or not file.is_file():
+        file = path / (name if sharded else f"{name}.safetensors")
+        if Path(name).name != name.removeprefix(f"{SHARDS}/") or not file.is_file():
             raise WeightsError(f"{file} is missing; {advice}")
         if file.stat().st_size != size:
             raise WeightsError(f"{file} is truncated ({file.stat().st_size:,} of {size:,} bytes); {advice}")
+        if sharded:
+            continue
         try:
             tensors[name] = load_file(file)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is damaged ({error}); {advice}") from None
+        if patterns:
+            loaded = tensors[name].items()
+            tensors[name] = {key: _sharded_like(patterns.get(_owner(key)), value) for key, value in loaded}
+    if sharded:
+        try:
+            tensors = _read_shards(path / SHARDS, patterns or {})
+        except (SafetensorError, OSError, CheckpointException, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(f"{path / SHARDS} is damaged ({reason}); {advice}") from None
     return Checkpoint(int(saved["step"]), tensors, saved["state"])
+
+
+def _read_shards(folder: Path, patterns: Mapping[str, Tensor]) -> dict[str, Group]:
+    """All tensors of a sharded checkpoint; each process reads what it keeps of them."""
+    reader = HuggingFaceStorageReader(str(folder))
+    flat: dict[str, Tensor] = {}
+    for full, about in reader.read_metadata().state_dict_metadata.items():
+        pattern = patterns.get(_owner(full.partition("/")[2]))
+        empty = torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
+        flat[full] = _sharded_like(pattern, empty)
+    with warnings.catch_warnings():
+        # Reading alone what a job wrote is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(flat, storage_reader=reader, no_dist=not patterns)
+    tensors: dict[str, Group] = {}
+    for full, tensor in flat.items():
+        group, _, name = full.partition("/")
+        tensors.setdefault(group, {})[name] = tensor
+    return tensors
+
+
+def _owner(name: str) -> str:
+    """The parameter that a saved tensor belongs to: optimiser states are called ``<parameter>/<state key>``."""
+    return name.partition("/")[0]
+
+
+def _sharded_like(pattern: Tensor | None, value: Tensor) -> Tensor:
+    """A tensor that all processes have, sharded as the pattern is where their shapes agree."""
+    if not isinstance(pattern, DTensor) or value.shape != pattern.shape:
+        return value
+    # Every process cuts its part out of its own copy instead of waiting for rank 0's.
+    value = value.to(pattern.device)
+    return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
 def save_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> Group:
@@ -176,6 +281,14 @@ def save_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]
         for key, value in state.items():
             found[f"{names[parameter]}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return found
+
+
+def _state_shape(key: str, parameter: Tensor) -> torch.Size:
+    """Shape of an optimiser's state: the parameter's, but for the factors of Adafactor's second moments."""
+    shape = list(parameter.shape)
+    if key in ("row_var", "col_var"):
+        shape[-1 if key == "row_var" else -2] = 1
+    return torch.Size(shape)
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: Group, where: str) -> None:
@@ -194,9 +307,12 @@ def load_optimiser(optimiser: torch.optim.Optimizer, names: Mapping[Tensor, str]
         if name not in places:
             raise WeightsError(f"{where}: optimiser state of {name!r}, which is not trained here; same configuration?")
         place, parameter = places[name]
-        if value.ndim and value.shape != parameter.shape:
+        if value.ndim and value.shape != _state_shape(key, parameter):
             shapes = f"{tuple(value.shape)}, the model {tuple(parameter.shape)}"
             raise WeightsError(f"{where}: optimiser state of {name!r} has shape {shapes}; same configuration?")
+        if value.shape == parameter.shape and not parameter.is_contiguous():
+            # The fused kernels walk through memory: state of a channels-last weight must lie as the weight does.
+            value = torch.empty_strided(value.shape, parameter.stride(), dtype=value.dtype).copy_(value)
         state.setdefault(place, {})[key] = value
     # Through the optimiser's own method, which knows where each variant (fused, foreach) wants its step counter.
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

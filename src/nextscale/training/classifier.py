@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.parallel import rand_pictures
 from nextscale.tokenizers.features import ClassifierConfig, PictureClassifier
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
 
@@ -31,9 +32,9 @@ class Augmentation:
     fill: float = 1.0
 
     def __call__(self, picture: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S') in [-1, 1], each changed by draws from torch's generator."""
+        """Pictures (B, 3, S, S') in [-1, 1], each changed by draws of its own."""
         b = len(picture)
-        draw_B4 = torch.rand(b, 4) * 2 - 1
+        draw_B4 = rand_pictures(b, 4) * 2 - 1
         angle_B = draw_B4[:, 0] * math.radians(self.degrees)
         size_B = torch.exp(-draw_B4[:, 1] * self.scale)
         theta = torch.zeros(b, 2, 3)
@@ -43,11 +44,12 @@ class Augmentation:
         grid = F.affine_grid(theta.to(picture), list(picture.shape), align_corners=False)
         # Nothing is drawn outside the picture, so the sampled value is shifted to make the outside the fill colour.
         moved = F.grid_sample(picture - self.fill, grid, align_corners=False) + self.fill
-        gain_B, offset_B = (torch.rand(2, b, 1, 1, 1) * 2 - 1).to(picture) * self.brightness
+        gain_B, offset_B = ((rand_pictures(b, 2, 1, 1, 1) * 2 - 1).to(picture) * self.brightness).unbind(1)
         moved = (moved * (1 + gain_B) + offset_B).clamp(-1, 1)
-        chosen = torch.rand(b) < self.blur
+        chosen = rand_pictures(b) < self.blur
+        # Drawn in any case, so that the draws behind it don't hang on which pictures are here.
+        side = int(picture.shape[-1] * (0.5 + 0.4 * float(torch.rand(()))))
         if chosen.any():
-            side = int(picture.shape[-1] * (0.5 + 0.4 * float(torch.rand(()))))
             coarse = F.interpolate(moved[chosen], size=(side, side), mode="area")
             moved[chosen] = F.interpolate(coarse, size=picture.shape[-2:], mode="bilinear")
         return moved

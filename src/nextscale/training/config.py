@@ -15,14 +15,16 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: pictures an optimiser step, over all its micro-batches.
-        accumulate: micro-batches a step; divides ``batch_size``.
+        batch_size: pictures an optimiser step, over all its micro-batches and all processes.
+        accumulate: micro-batches a step in each process; times their number it divides ``batch_size``.
         learning_rate: peak of the schedule.
         schedule: fall of the learning rate after the warm-up.
         warmup_steps: steps of linear rise.
         final_learning_rate_ratio: learning rate at the end over its peak, in [0, 1].
         weight_decay: of AdamW, for the groups that the task wants decayed.
         betas: of AdamW.
+        optimiser: ``adamw``, or ``adafactor`` (arXiv 1804.04235), which keeps a row and a column of second moments a
+            matrix instead of two numbers a weight; its learning rate is relative to the size of the weights.
         gradient_clip: largest norm of the gradient; 0 for none.
         ema_decay: of the averaged weights, in [0, 1).
         precision: ``bf16`` (autocast; weights and optimiser stay fp32) or ``fp32``.
@@ -30,6 +32,8 @@ class TrainConfig:
         log_every, sample_every, checkpoint_every: in steps; ``sample_every`` 0 for none but the last.
         keep_checkpoints: how many of the latest to keep, at least 1.
         device: ``auto`` (cuda, mps, cpu) or a torch device.
+        parallel: what several processes do (``torchrun``): ``ddp`` keeps all weights in each and averages gradients,
+            ``fsdp`` spreads weights, gradients, optimiser states and averages over them; one process does neither.
         minutes: stop cleanly after this wall time, of which the schedule then follows the share spent where that is
             ahead of the share of steps; such a run resumes, but is bound to the machine's speed.
     """
@@ -43,6 +47,7 @@ class TrainConfig:
     final_learning_rate_ratio: float = 0.05
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    optimiser: Literal["adamw", "adafactor"] = "adamw"
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -52,6 +57,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     minutes: float | None = None
 
     def __post_init__(self) -> None:

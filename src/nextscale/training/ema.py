@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Average:
@@ -33,8 +34,8 @@ class Average:
     def update(self) -> None:
         """Takes in the original's weights as they are now."""
         weight = 1.0 - self.decay_now()
-        averages = [parameter.data for parameter in self.module.parameters()]
-        originals = [parameter.data.float() for parameter in self._original.parameters()]
+        averages = [_own(parameter) for parameter in self.module.parameters()]
+        originals = [_own(parameter).float() for parameter in self._original.parameters()]
         if averages:
             torch._foreach_lerp_(averages, originals, weight)
         for average, original in zip(self.module.buffers(), self._original.buffers(), strict=True):
@@ -44,3 +45,9 @@ class Average:
     def state_dict(self) -> dict[str, Tensor]:
         """Weights of the average."""
         return self.module.state_dict()
+
+
+def _own(parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter, of a sharded one those that are here; the average is sharded alike."""
+    data = parameter.data
+    return data.to_local() if isinstance(data, DTensor) else data

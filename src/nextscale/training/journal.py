@@ -22,7 +22,19 @@ class _Bar(Protocol):
     def close(self) -> None: ...
 
 
-class Journal:
+class Silence:
+    """The journal of a process that has nothing to tell, since rank 0 does."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Journal(Silence):
     """Appends one line of metrics a log interval to ``metrics.jsonl`` and shows it.
 
     Args:

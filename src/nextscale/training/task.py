@@ -21,7 +21,7 @@ class TrainingStep:
         step: steps done before this one, from 0.
         steps: steps of the whole training.
         progress: share done, in [0, 1]; by wall time where that is ahead.
-        epoch: of the batch's first picture.
+        epoch: of the first picture here.
         seed: the training's.
     """
 
@@ -40,6 +40,9 @@ class Task(Protocol):
             What is used but not trained stays the task's own.
         phases: what a step does to each micro-batch, in order; each phase has an optimiser of its own, and all are
             updated after the last micro-batch, so a phase may use what the one before it computed.
+
+    A task whose loss always depends on all parameters of its phase may say so by an attribute ``uses_all_parameters``
+    that is true, which saves several processes a search for those without a gradient.
     """
 
     modules: dict[str, nn.Module]
@@ -56,16 +59,19 @@ class Task(Protocol):
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         """Mean loss over a (micro-)batch, and metrics to log; None for the loss skips the phase in this step.
 
-        Random numbers come from torch's default generator, seeded for this step, or from addressed noise.
+        Random numbers that belong to pictures come from :func:`nextscale.parallel.rand_pictures`, so that they are the
+        same however many processes and micro-batches share the batch; those that belong to the step from torch's
+        default generator, which is seeded for the step anew before every micro-batch. Whoever draws asks no picture
+        whether to draw: all processes must make the same draws.
         """
         ...
 
     def after_step(self, at: TrainingStep) -> Metrics:
-        """Called after all phases (code revival, ...); may return more metrics."""
+        """Called in every process after all phases (code revival, ...); may return more metrics."""
         ...
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
-        """Writes sample pictures into ``out``; may return what it measured on held-out pictures.
+        """Writes sample pictures into ``out``; may return what it measured on held-out pictures. Only rank 0 does.
 
         Args:
             out: folder, the same every time; ``at.step`` (here: steps done) keeps files apart.
@@ -84,7 +90,11 @@ class Task(Protocol):
 
 
 class BatchSource(Protocol):
-    """Where batches come from; :class:`nextscale.data.Loader` is one."""
+    """Where batches come from; :class:`nextscale.data.Loader` is one.
+
+    ``batch_size`` is that of all processes together. A source gives each process its own rows
+    (``nextscale.parallel.share(batch_size)``) or, where that costs little, every process the whole batch.
+    """
 
     batch_size: int
 

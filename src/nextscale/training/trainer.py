@@ -1,7 +1,8 @@
 """One training loop for every task: tokenizers, generators, classifiers.
 
-The loop knows a :class:`Task` and nothing of what it trains. Everything random in step ``n`` hangs on (seed, n) alone,
-so that a run that was killed and resumed has the very losses of one that never stopped.
+The loop knows a :class:`Task` and nothing of what it trains; :mod:`nextscale.training.distributed` knows how several
+processes share it. Everything random in step ``n`` hangs on (seed, n) alone, so that a run that was killed and resumed
+has the very losses of one that never stopped, on any number of processes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nextscale import parallel
 from nextscale.data.orders import mix
 from nextscale.devices import choose_device
 from nextscale.errors import DataError, InputError, NextscaleError, WeightsError
@@ -33,8 +35,9 @@ from nextscale.training.checkpoint import (
     write_checkpoint,
 )
 from nextscale.training.config import TrainConfig
+from nextscale.training.distributed import own_rows, settle, spread
 from nextscale.training.ema import Average
-from nextscale.training.journal import Journal
+from nextscale.training.journal import Journal, Silence
 from nextscale.training.schedules import learning_rate_scale
 from nextscale.training.task import Batch, BatchSource, Task, TrainingStep
 
@@ -66,8 +69,8 @@ class Trainer:
         resume: go on from the latest checkpoint in ``out``; from the start where there is none.
 
     Raises:
-        InputError: the loader's batch size is another.
-        DataError: ``out`` holds a run already and ``resume`` is not set.
+        InputError: the loader's batch size is another, or the batch can't be shared by the processes.
+        DataError: ``out`` holds a run already and ``resume`` is not set, or not all processes see the same ``out``.
         WeightsError: the checkpoint is damaged or of another model.
         DeviceError: the device is not there.
     """
@@ -85,6 +88,8 @@ class Trainer:
         for module in task.modules.values():
             module.to(self.device)
         self.averages = {name: Average(module, config.ema_decay) for name, module in task.averaged().items()}
+        # Before the optimisers, which must see the parameters that are left when weights are sharded.
+        self.workers = spread(task, self.averages, config, self.device)
         self._names: dict[Tensor, str] = {
             parameter: f"{name}.{key}"
             for name, module in task.modules.items()
@@ -95,11 +100,18 @@ class Trainer:
         self.seconds = 0.0
         self._window: list[dict[str, float | Tensor]] = []
         self._window_seconds = 0.0
-        self._asked_to_stop = False
+        self._asked_to_stop = self._stopping = False
         self.resumed_from: Path | None = None
         self._changed: list[str] = []
+        steps = parallel.gather(torch.tensor([int(found.name[5:]) if found else -1])).tolist()
+        if len(set(steps)) > 1:
+            raise DataError(f"{self.out}: the processes see different checkpoints; put it on a disk that they share")
         if found is not None:
             self._restore(found)
+        self.workers.begin({phase: self._parameters(phase) for phase in task.phases})
+
+    def _parameters(self, phase: str) -> list[nn.Parameter]:
+        return [parameter for group in self.optimisers[phase].param_groups for parameter in group["params"]]
 
     def _optimiser(self, phase: str) -> torch.optim.Optimizer:
         groups = self.task.parameter_groups(phase, self.config.weight_decay)
@@ -109,14 +121,17 @@ class Trainer:
             for parameter in group["params"]:
                 if parameter not in self._names:
                     raise InputError(f"phase {phase!r} trains a parameter that is in none of the task's modules")
+        if self.config.optimiser == "adafactor":
+            return torch.optim.Adafactor(groups, lr=self.config.learning_rate)
         fused = self.device.type in ("cuda", "cpu")
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=fused)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
-        """Every module of the task, its average where it has one: what to sample with, and what to ship."""
-        modules = dict(self.task.modules)
-        modules.update({name: average.module for name, average in self.averages.items()})
-        return modules
+        """Every module of the task, its average where it has one: what to sample with, and what to ship.
+
+        All processes call it together; where weights are sharded, rank 0 gets whole copies, the others nothing of use.
+        """
+        return self.workers.whole_modules()
 
     def train(self) -> TrainResult:
         """Runs to the last step, the time limit or a signal (SIGINT, SIGTERM), whichever is first, and checkpoints.
@@ -124,13 +139,10 @@ class Trainer:
         Raises:
             DivergedError: a loss or gradient became NaN or infinite; the last good checkpoint stays.
             WeightsError, DataError: the disk is full or went away.
+            RankLostError: another process of the job died.
+            ElsewhereError: rank 0 raised one of the others.
         """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{self.out} cannot be made ({error.strerror}); choose another folder") from None
-        clear_leftovers(self.out)
-        journal = Journal(self.out, self.config.steps, self.step)
+        journal = parallel.on_main(self._open_journal) or Silence()
         batches = self.loader.batches(self.step)
         if self.resumed_from is not None:
             changed = f"; changed since: {', '.join(self._changed)}" if self._changed else ""
@@ -138,13 +150,28 @@ class Trainer:
         try:
             with self._stopping_on_signals():
                 return self._loop(batches, journal)
+        except RuntimeError as error:
+            if parallel.world() == 1 or not parallel.lost(error):
+                raise
+            raise parallel.RankLostError(
+                f"another process of the job is gone, noticed at step {self.step}; last good checkpoint: "
+                f"{latest(self.out) or 'none'}. Start the job again with --resume, on any number of processes"
+            ) from error
         finally:
             close = getattr(batches, "close", None)
             if close is not None:
                 close()
             journal.close()
 
-    def _loop(self, batches: Iterator[Batch], journal: Journal) -> TrainResult:
+    def _open_journal(self) -> Journal:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.out} cannot be made ({error.strerror}); choose another folder") from None
+        clear_leftovers(self.out)
+        return Journal(self.out, self.config.steps, self.step)
+
+    def _loop(self, batches: Iterator[Batch], journal: Silence) -> TrainResult:
         config = self.config
         limit = math.inf if config.minutes is None else config.minutes * 60
         last: dict[str, float] = {}
@@ -156,9 +183,10 @@ class Trainer:
             with self._clock() as spent:
                 at = self._advance(next(batches), limit)
             self._window_seconds += spent[0]
+            self._agree()
             if self.step % config.log_every == 0 or self.step == config.steps:
                 last = self._log(journal, at)
-            if self._asked_to_stop:
+            if self._stopping:
                 stopped = "signal"
                 break
             if self.seconds >= limit:
@@ -171,10 +199,12 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0 and self.step < config.steps:
                     self._save()
                     saved_at = self.step
+            self._agree()
         if saved_at != self.step:
             if stopped != "signal":
                 self._sample(journal, self._at(self.step, 0, limit))
             self._save()
+        parallel.barrier()
         journal.say(f"stopped after step {self.step} ({stopped}), {self.seconds:.0f} s in all; {latest(self.out)}")
         return TrainResult(self.step, stopped, self.seconds, last)
 
@@ -187,6 +217,14 @@ class Trainer:
         spent[0] = time.monotonic() - began
         self.seconds += spent[0]
 
+    def _agree(self) -> None:
+        """All processes go by rank 0's clock, and stop in the same step when one of them was asked to."""
+        self._stopping = self._asked_to_stop
+        if parallel.world() > 1:
+            seconds = self.seconds if parallel.is_main() else 0.0
+            asked, self.seconds = parallel.total(torch.tensor([self._stopping, seconds], dtype=torch.float64)).tolist()
+            self._stopping = asked > 0
+
     def _at(self, step: int, epoch: int, limit: float) -> TrainingStep:
         progress = min(1.0, max(step / self.config.steps, self.seconds / limit))
         return TrainingStep(step, self.config.steps, progress, epoch, self.config.seed)
@@ -194,8 +232,8 @@ class Trainer:
     def _advance(self, batch: Batch, limit: float) -> TrainingStep:
         """One optimiser step of every phase."""
         config = self.config
+        batch = own_rows(batch, config.batch_size)
         at = self._at(self.step, int(batch["epoch"][0]), limit)
-        torch.manual_seed(int(mix(config.seed, _STEP_DRAWS, self.step)) >> 1)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         scale = learning_rate_scale(
             config.schedule, self.step, at.progress, config.warmup_steps, config.final_learning_rate_ratio
@@ -218,30 +256,35 @@ class Trainer:
     def _gradients(self, batch: Batch, at: TrainingStep) -> dict[str, float | Tensor]:
         """Gradients of all phases, micro-batch by micro-batch; returns the means of their metrics."""
         parts = self.config.accumulate
-        size = self.config.batch_size // parts
+        size, whole = len(batch["id"]) // parts, self.config.batch_size
         means: dict[str, float | Tensor] = {}
         for part in range(parts):
             micro = {name: tensor[part * size : (part + 1) * size] for name, tensor in batch.items()}
-            for phase in self.task.phases:
-                self._train_only(phase)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                    loss, metrics = self.task.loss(phase, micro, at)
-                if loss is None:
-                    continue
-                (loss / parts).backward()
-                for name, value in {f"{phase}/loss": loss, **metrics}.items():
-                    share = (value.detach().float() if isinstance(value, Tensor) else float(value)) / parts
-                    means[name] = means[name] + share if name in means else share
+            # Seeded anew for each, so that a picture's draws don't hang on how the batch was divided.
+            torch.manual_seed(int(mix(self.config.seed, _STEP_DRAWS, self.step)) >> 1)
+            first = parallel.share(whole).start + part * size
+            with parallel.pictures_of_batch(first, size, whole), self.workers.accumulating(part == parts - 1):
+                for phase in self.task.phases:
+                    self._train_only(phase)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                        loss, metrics = self.workers.loss(phase, micro, at)
+                    if loss is None:
+                        continue
+                    (loss / parts).backward()
+                    for name, value in {f"{phase}/loss": loss, **metrics}.items():
+                        share = (value.detach().float() if isinstance(value, Tensor) else float(value)) / parts
+                        means[name] = means[name] + share if name in means else share
         return means
 
     def _checked_norm(self, phase: str, batch: Batch, loss: float | Tensor) -> Tensor:
-        """Clips a phase's gradient and returns its norm before that."""
-        parameters = [parameter for group in self.optimisers[phase].param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf)
-        if not math.isfinite(float(norm + loss)):
+        """Clips a phase's gradient and returns its norm before that, over all processes."""
+        norm = self.workers.clip(self._parameters(phase), self.config.gradient_clip)
+        # The gradient is everybody's, the loss this process's: all must come to the same decision.
+        if not math.isfinite(float(parallel.mean(norm + loss))):
             for optimiser in self.optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
-            raise DivergedError(self._divergence(phase, batch, float(norm), float(loss)))
+            said = self._divergence(phase, batch, float(norm), torch.as_tensor(float(loss), dtype=torch.float64))
+            raise DivergedError(said) if parallel.is_main() else parallel.ElsewhereError(said)
         return norm
 
     def _update(self, phase: str, scale: float) -> None:
@@ -251,10 +294,15 @@ class Trainer:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    def _divergence(self, phase: str, batch: Batch, norm: float, loss: float) -> str:
+    def _divergence(self, phase: str, batch: Batch, norm: float, loss: Tensor) -> str:
         kept = latest(self.out)
+        losses = parallel.gather(loss.view(1))
+        ids = parallel.gather(batch["id"].cpu()).view(len(losses), -1)
+        # Of one process's loss it is known whose pictures gave it; of a gradient, which is everybody's, it isn't.
+        wrong = ~losses.isfinite()
+        pictures = ids[wrong if wrong.any() else slice(None)].flatten().tolist()
         return (
-            f"{phase} loss {loss} with gradient norm {norm} at step {self.step}, pictures {batch['id'].tolist()}; "
+            f"{phase} loss {float(losses.mean())} with gradient norm {norm} at step {self.step}, pictures {pictures}; "
             f"last good checkpoint: {kept or 'none'}. Lower the learning rate or look at these pictures, then resume"
         )
 
@@ -273,11 +321,11 @@ class Trainer:
         return {name: math.fsum(found) / len(found) for name, found in values.items()}
 
     def _settled_window(self) -> list[dict[str, float]]:
-        settled = [{name: float(value) for name, value in record.items()} for record in self._window]
+        settled = settle(self._window)
         self._window = list(settled)  # type: ignore[arg-type]
         return settled
 
-    def _log(self, journal: Journal, at: TrainingStep) -> dict[str, float]:
+    def _log(self, journal: Silence, at: TrainingStep) -> dict[str, float]:
         means = self._means()
         means["learning_rate"] = float(self._window[-1]["learning_rate"])
         means["progress"] = at.progress
@@ -291,22 +339,26 @@ class Trainer:
         self._window_seconds = 0.0
         return record
 
-    def _sample(self, journal: Journal, at: TrainingStep) -> None:
+    def _sample(self, journal: Silence, at: TrainingStep) -> None:
+        modules = self.averaged_modules()
+        parallel.on_main(lambda: self._draw_samples(journal, at, modules))
+        for module in self.task.modules.values():
+            module.train()
+
+    def _draw_samples(self, journal: Silence, at: TrainingStep, modules: dict[str, nn.Module]) -> None:
         folder = self.out / "samples"
         try:
             folder.mkdir(exist_ok=True)
             with torch.no_grad():
-                measured = self.task.samples(folder, replace(at, step=self.step), self.averaged_modules())
+                measured = self.task.samples(folder, replace(at, step=self.step), modules)
         except OSError as error:
             raise DataError(f"samples cannot be written to {folder} ({error}); free some space, then resume") from None
         if measured:
             found = {name: float(value) for name, value in measured.items()}
             journal.log(self.step, found)
             journal.show(self.step, found)
-        for module in self.task.modules.values():
-            module.train()
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         extra = self.task.extra_state()
         tensors = {
             "modules": _flatten({name: module.state_dict() for name, module in self.task.modules.items()}),
@@ -323,10 +375,11 @@ class Trainer:
             "average_updates": {name: average.updates for name, average in self.averages.items()},
             "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         }
-        return write_checkpoint(self.out, Checkpoint(self.step, tensors, state), self.config.keep_checkpoints)
+        write_checkpoint(self.out, Checkpoint(self.step, tensors, state), self.config.keep_checkpoints)
 
     def _restore(self, path: Path) -> None:
-        saved = read_checkpoint(path)
+        patterns = {name: parameter for parameter, name in self._names.items()} if self.workers.sharded else None
+        saved = read_checkpoint(path, patterns)
         for name, module in self.task.modules.items():
             _load(module, saved.module(name), f"{path}: {name}")
         for name, average in self.averages.items():

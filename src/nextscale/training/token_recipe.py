@@ -1,0 +1,88 @@
+"""What a generator's recipe trains on: a token cache that it names, or one made of its pictures beside the run."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nextscale import parallel
+from nextscale.data import ClassBalancedOrder, ShuffledOrder
+from nextscale.data.crops import RANDOM_CROPS
+from nextscale.data.orders import Order
+from nextscale.data.token_dataset import TokenDataset
+from nextscale.data.token_loader import TokenLoader
+from nextscale.errors import DataError, InputError
+from nextscale.training.config import TrainConfig
+from nextscale.training.recipes import DataRecipe, check_size, open_splits
+from nextscale.training.token_progress import TokenProgress
+from nextscale.training.tokens import cached_tokens, open_tokens
+
+if TYPE_CHECKING:
+    from nextscale.tokenizers.tokenizer import Tokenizer
+
+
+class TokenRecipe(Protocol):
+    """The part of a recipe that is read here; tokens: folder of ``nextscale tokenize``, or nothing."""
+
+    @property
+    def tokens(self) -> str: ...
+
+    @property
+    def data(self) -> DataRecipe: ...
+
+
+def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path) -> tuple[TokenDataset, TokenDataset | None]:
+    """Tokens to train on and held-out ones, None where there are none.
+
+    Without ``recipe.tokens`` the pictures of ``recipe.data`` are tokenized into ``out/tokens/`` first, by all
+    processes of the launch together; with it the pictures are not looked at.
+
+    Raises:
+        InputError: the cache is another tokenizer's, or has no mirrored versions where the recipe wants them; or the
+            pictures have another size than the tokenizer's, or a random crop.
+        DataError: the cache is missing, not complete or damaged, there are no classes or empty ones, or the disk
+            refuses.
+    """
+    data = recipe.data
+    if recipe.tokens:
+        held_out_split = data.held_out_split if data.held_out else None
+        dataset, held_out = open_tokens(Path(recipe.tokens), tokenizer, data.split, held_out_split)
+        if parallel.is_main():
+            print(dataset.summary())
+        if data.flip and not dataset.job.flips:
+            raise InputError(f"recipe: data.flip is true, but {dataset.folder} has no mirrored tokens; make them with "
+                             "`nextscale tokenize --flips`, or set data.flip to false")
+        _need_classes(dataset, data)
+        return dataset, held_out
+    check_size(tokenizer.config, data)
+    if data.crop in RANDOM_CROPS:
+        raise InputError(f"recipe: data.crop is {data.crop!r}, but a training's own tokens have one crop a picture; "
+                         f"make tokens with `nextscale tokenize --crop {data.crop} --crops 8` and name their folder")
+    pictures, held_out_pictures = open_splits(data)
+    if not (pictures.class_names and data.allow_empty_classes):
+        pictures.need_classes()
+    with TokenProgress(pictures.split, parallel.is_main()) as report:
+        flips = data.flip and not pictures.left_right_matters
+        dataset = cached_tokens(tokenizer, pictures, out / "tokens" / pictures.split, flips, data.workers, report)
+    if held_out_pictures is None:
+        return dataset, None
+    with TokenProgress(held_out_pictures.split, parallel.is_main()) as report:
+        folder = out / "tokens" / held_out_pictures.split
+        return dataset, cached_tokens(tokenizer, held_out_pictures, folder, False, data.workers, report)
+
+
+def _need_classes(dataset: TokenDataset, data: DataRecipe) -> None:
+    if not dataset.class_names:
+        raise DataError(f"{dataset.folder}: the pictures have no classes; put them into one folder a class, then "
+                        "tokenize again")
+    empty = [name for kind, names in enumerate(dataset.class_names) for name, count in
+             zip(names, dataset.labels[:, kind].bincount(minlength=len(names)).tolist(), strict=True) if not count]
+    if empty and not data.allow_empty_classes:
+        raise DataError(f"{dataset.folder}: no picture in {len(empty)} of the classes, the first is {empty[0]!r}; add "
+                        "pictures and tokenize again, or set data.allow_empty_classes to true")
+
+
+def token_loader(dataset: TokenDataset, data: DataRecipe, train: TrainConfig) -> TokenLoader:
+    """Batches of a cache in the recipe's order; each process reads its share of a batch."""
+    order: Order = (ClassBalancedOrder(dataset.labels[:, 0], train.seed) if data.balanced
+                    else ShuffledOrder(len(dataset), train.seed))
+    return TokenLoader(dataset, order, train.batch_size, train.seed, parallel.rank(), parallel.world())
