@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from nextscale.errors import DataError
 
 METRICS = "metrics.jsonl"
+THOUSAND = 1000  # parts of a bar
 
 
 class _Bar(Protocol):
-    def show(self, step: int, line: str) -> None: ...
+    def show(self, step: int, progress: float, line: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -27,7 +28,7 @@ class Silence:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def show(self, step: int, progress: float, metrics: Mapping[str, float]) -> None: ...
 
     def say(self, line: str) -> None: ...
 
@@ -39,14 +40,14 @@ class Journal(Silence):
 
     Args:
         out: the training's folder.
-        steps: steps of the whole training.
         step: steps done already; later lines of an earlier life of this run are removed.
+        progress: share of the training done already, in [0, 1]; steps or time count, whichever is ahead.
 
     Raises:
         DataError: the file cannot be written.
     """
 
-    def __init__(self, out: Path, steps: int, step: int) -> None:
+    def __init__(self, out: Path, step: int, progress: float) -> None:
         self.path = out / METRICS
         try:
             _truncate(self.path, step)
@@ -54,7 +55,7 @@ class Journal(Silence):
         except OSError as error:
             raise DataError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from None
         self._board = _open_board(out / "tensorboard", step)
-        self._bar: _Bar = _RichBar(steps, step) if sys.stdout.isatty() else _Lines(steps, step)
+        self._bar: _Bar = _RichBar(progress) if sys.stdout.isatty() else _Lines(progress)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one record. Raises DataError when the disk is full."""
@@ -67,9 +68,10 @@ class Journal(Silence):
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows metrics to whoever watches."""
-        self._bar.show(step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    def show(self, step: int, progress: float, metrics: Mapping[str, float]) -> None:
+        """Shows metrics to whoever watches; those of single scales (``nats_3``) stay in the file, a line is short."""
+        whole = {name: value for name, value in metrics.items() if not name.rpartition("_")[2].isdigit()}
+        self._bar.show(step, progress, "  ".join(f"{name} {value:.4g}" for name, value in whole.items()))
 
     def say(self, line: str) -> None:
         """One line for whoever watches."""
@@ -121,15 +123,15 @@ def _open_board(folder: Path, step: int) -> Any | None:
 
 
 class _Lines:
-    """One line a log interval, with rate and time left, for files and pipes."""
+    """One line a log interval, with the share done and the time left, for files and pipes."""
 
-    def __init__(self, steps: int, step: int) -> None:
-        self.steps, self._start, self._since = steps, step, time.monotonic()
+    def __init__(self, progress: float) -> None:
+        self._start, self._since = progress, time.monotonic()
 
-    def show(self, step: int, line: str) -> None:
-        done = step - self._start
-        left = (time.monotonic() - self._since) / done * (self.steps - step) if done else math.inf
-        print(f"step {step}/{self.steps}  {line}  left {_clock(left)}", flush=True)
+    def show(self, step: int, progress: float, line: str) -> None:
+        done = progress - self._start
+        left = (time.monotonic() - self._since) / done * (1.0 - progress) if done > 0 else math.inf
+        print(f"step {step}  {progress:.1%}  {line}  left {_clock(left)}", flush=True)
 
     def close(self) -> None:
         pass
@@ -138,15 +140,15 @@ class _Lines:
 class _RichBar:
     """A live bar for terminals, the metrics scrolling above it."""
 
-    def __init__(self, steps: int, step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    def __init__(self, progress: float) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self._progress = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._task = self._progress.add_task("", total=steps, completed=step)
+        self._progress = Progress(BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._task = self._progress.add_task("", total=THOUSAND, completed=round(THOUSAND * progress))
         self._progress.start()
 
-    def show(self, step: int, line: str) -> None:
-        self._progress.update(self._task, completed=step)
+    def show(self, step: int, progress: float, line: str) -> None:
+        self._progress.update(self._task, completed=THOUSAND * progress)
         self._progress.console.print(f"step {step}  {line}", markup=False, highlight=False)
 
     def close(self) -> None:

@@ -98,6 +98,7 @@ class Trainer:
         self.optimisers = {phase: self._optimiser(phase) for phase in task.phases}
         self.step = 0
         self.seconds = 0.0
+        self._limit = math.inf if config.minutes is None else config.minutes * 60
         self._window: list[dict[str, float | Tensor]] = []
         self._window_seconds = 0.0
         self._asked_to_stop = self._stopping = False
@@ -169,11 +170,10 @@ class Trainer:
         except OSError as error:
             raise DataError(f"{self.out} cannot be made ({error.strerror}); choose another folder") from None
         clear_leftovers(self.out)
-        return Journal(self.out, self.config.steps, self.step)
+        return Journal(self.out, self.step, self._at(self.step, 0).progress)
 
     def _loop(self, batches: Iterator[Batch], journal: Silence) -> TrainResult:
         config = self.config
-        limit = math.inf if config.minutes is None else config.minutes * 60
         last: dict[str, float] = {}
         saved_at = self.step if self.resumed_from else -1
         stopped: Literal["finished", "time", "signal"] = "finished"
@@ -181,7 +181,7 @@ class Trainer:
             module.train()
         while self.step < config.steps:
             with self._clock() as spent:
-                at = self._advance(next(batches), limit)
+                at = self._advance(next(batches))
             self._window_seconds += spent[0]
             self._agree()
             if self.step % config.log_every == 0 or self.step == config.steps:
@@ -189,7 +189,7 @@ class Trainer:
             if self._stopping:
                 stopped = "signal"
                 break
-            if self.seconds >= limit:
+            if self.seconds >= self._limit:
                 stopped = "time"
                 break
             # Samples before the checkpoint: a kill between the two then loses neither, both are done again.
@@ -202,7 +202,7 @@ class Trainer:
             self._agree()
         if saved_at != self.step:
             if stopped != "signal":
-                self._sample(journal, self._at(self.step, 0, limit))
+                self._sample(journal, self._at(self.step, 0))
             self._save()
         parallel.barrier()
         journal.say(f"stopped after step {self.step} ({stopped}), {self.seconds:.0f} s in all; {latest(self.out)}")
@@ -225,15 +225,15 @@ class Trainer:
             asked, self.seconds = parallel.total(torch.tensor([self._stopping, seconds], dtype=torch.float64)).tolist()
             self._stopping = asked > 0
 
-    def _at(self, step: int, epoch: int, limit: float) -> TrainingStep:
-        progress = min(1.0, max(step / self.config.steps, self.seconds / limit))
+    def _at(self, step: int, epoch: int) -> TrainingStep:
+        progress = min(1.0, max(step / self.config.steps, self.seconds / self._limit))
         return TrainingStep(step, self.config.steps, progress, epoch, self.config.seed)
 
-    def _advance(self, batch: Batch, limit: float) -> TrainingStep:
+    def _advance(self, batch: Batch) -> TrainingStep:
         """One optimiser step of every phase."""
         config = self.config
         batch = own_rows(batch, config.batch_size)
-        at = self._at(self.step, int(batch["epoch"][0]), limit)
+        at = self._at(self.step, int(batch["epoch"][0]))
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         scale = learning_rate_scale(
             config.schedule, self.step, at.progress, config.warmup_steps, config.final_learning_rate_ratio
@@ -334,7 +334,7 @@ class Trainer:
         journal.log(self.step, record)
         hidden = ("learning_rate", "progress")
         shown = {"epoch": float(at.epoch), **{k: v for k, v in means.items() if k not in hidden}, "pictures/s": rate}
-        journal.show(self.step, shown)
+        journal.show(self.step, self._at(self.step, 0).progress, shown)
         self._window.clear()
         self._window_seconds = 0.0
         return record
@@ -356,7 +356,7 @@ class Trainer:
         if measured:
             found = {name: float(value) for name, value in measured.items()}
             journal.log(self.step, found)
-            journal.show(self.step, found)
+            journal.show(self.step, self._at(self.step, 0).progress, found)
 
     def _save(self) -> None:
         extra = self.task.extra_state()
