@@ -15,7 +15,7 @@ from nextscale.generators.var import VARGeneratorConfig
 from nextscale.sampling.filters import make_filters
 from nextscale.systems.var import VAR, VARConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,7 +33,7 @@ def var_speed() -> ModuleType:
 @pytest.fixture(scope="module")
 def tiny(var_speed: ModuleType) -> VAR:
     torch.manual_seed(0)
-    tokenizer = MultiScaleVQConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "level"),
+    tokenizer = TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "level"),
                                    grids=((1, 1), (2, 2), (3, 3), (4, 4)), vocabulary=1200)
     return var_speed.liven(VAR(VARConfig(tokenizer, VARGeneratorConfig.of_depth(2), classes=(10,))).eval())
 

@@ -31,14 +31,14 @@ from nextscale.errors import NextscaleError
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.systems import var, var_published
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
 
 CLASSES, STYLES = ("animal-mammal", "plant", "flag", "sport"), ("noto", "twemoji")
 STEPS = 4
 
 
 def tiny_config() -> var.VARConfig:
-    tokenizer = MultiScaleVQConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"),
+    tokenizer = TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"),
                                    grids=((1, 1), (2, 2), (3, 3), (4, 4)), vocabulary=32)
     return var.VARConfig(tokenizer, VARGeneratorConfig.of_depth(2), (4, 2), (CLASSES, STYLES))
 

@@ -17,6 +17,7 @@ from nextscale.generators.var import VARGeneratorConfig
 from nextscale.objectives.reconstruction import FeatureDistance
 from nextscale.systems.var import VAR, VARConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
+from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.features import (
     ClassifierConfig,
     FeatureMaps,
@@ -25,7 +26,6 @@ from nextscale.tokenizers.features import (
     load_features,
     save_classifier,
 )
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
 from nextscale.training import TrainConfig, Trainer
 from nextscale.training.classifier import Augmentation, ClassifierRecipe, ClassifierTask
 
@@ -38,7 +38,7 @@ def seeded() -> None:
 
 
 def tiny_system() -> VAR:
-    tokenizer = MultiScaleVQConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"),
+    tokenizer = TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"),
                                    grids=((1, 1), (2, 2), (3, 3), (4, 4)), vocabulary=32)
     return VAR(VARConfig(tokenizer, VARGeneratorConfig.of_depth(2), (5,))).eval()
 

@@ -17,9 +17,9 @@ from nextscale.conditions.class_label import ClassCondition
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.sampling.score import score
 from nextscale.systems.var import VARConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
 
-CONFIG = VARConfig(MultiScaleVQConfig(AUTOENCODER, GRIDS, vocabulary=32),
+CONFIG = VARConfig(TokenizerConfig(AUTOENCODER, GRIDS, vocabulary=32),
                    VARGeneratorConfig.of_depth(2, width=48, heads=3), classes=(5,))
 
 

@@ -375,7 +375,7 @@ def test_caches_of_another_tokenizer_are_refused(cache: Path, system: VAR) -> No
 
 
 def test_the_fingerprint_follows_weights_and_settings_but_not_the_number_format(system: VAR) -> None:
-    from nextscale.tokenizers.multiscale_vq import MultiScaleVQ
+    from nextscale.tokenizers.tokenizer import Tokenizer
 
     first = tokenizer_hash(system.tokenizer)
     again = tiny_var(classes=(3,)).tokenizer
@@ -388,7 +388,7 @@ def test_the_fingerprint_follows_weights_and_settings_but_not_the_number_format(
         redrawn.decoder.output.weight.add_(1e-3)
         redrawn.quantiser.usage_KV.add_(1)
     assert tokenizer_hash(redrawn) == first, "decoder and statistics of use make no codes"
-    angle = MultiScaleVQ(replace(system.tokenizer.config, cosine=True))
+    angle = Tokenizer(replace(system.tokenizer.config, cosine=True))
     angle.load_state_dict(system.tokenizer.state_dict())
     assert tokenizer_hash(angle) != first
 

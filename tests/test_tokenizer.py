@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from nextscale.canvas import Canvas
 from nextscale.errors import InputError
 from nextscale.objectives.reconstruction import psnr
 from nextscale.plan import Plan
+from nextscale.systems.var import load, save
 from nextscale.tokenizers import pyramid
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig, phi_table
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.multiscale_vq import phi_table
+from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.task import TrainingStep
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask, reconstruct
+from nextscale.training.tokenizer_recipe import replace_tokenizer, save_tokenizer
 
 SCHEDULES = [GRIDS, ((1, 1), (2, 1), (3, 4), (4, 4)), ((2, 2), (4, 4)), ((4, 4),), ((1, 1), (5, 3), (4, 4))]
 
 
-def make(grids: tuple[tuple[int, int], ...] = GRIDS, **changes: object) -> MultiScaleVQ:
-    tokenizer = MultiScaleVQ(MultiScaleVQConfig(AUTOENCODER, grids, vocabulary=32, **changes)).eval()  # type: ignore[arg-type]
+def make(grids: tuple[tuple[int, int], ...] = GRIDS, **changes: object) -> Tokenizer:
+    tokenizer = Tokenizer(TokenizerConfig(AUTOENCODER, grids, vocabulary=32, **changes)).eval()  # type: ignore[arg-type]
     fill(tokenizer)
     return tokenizer
 
@@ -199,7 +204,7 @@ def test_an_ema_codebook_moves_to_the_mean_of_what_chose_it() -> None:
 @pytest.mark.parametrize("codebook_update", ["gradient", "ema"])
 def test_some_dozens_of_steps_on_real_pictures_lower_the_loss(codebook_update: str) -> None:
     torch.manual_seed(0)
-    model = MultiScaleVQConfig(AUTOENCODER, GRIDS, 32, codebook_update=codebook_update)  # type: ignore[arg-type]
+    model = TokenizerConfig(AUTOENCODER, GRIDS, 32, codebook_update=codebook_update)  # type: ignore[arg-type]
     task = TokenizerTask(TokenizerRecipe(model, revive_every=8))
     optimiser = torch.optim.AdamW(task.parameter_groups("main", 0.0), lr=3e-3)
     pictures, losses = emoji(64), []
@@ -220,7 +225,7 @@ def test_some_dozens_of_steps_on_real_pictures_lower_the_loss(codebook_update: s
 
 def test_training_the_decoder_alone_lowers_the_loss_and_leaves_every_code_as_it_was() -> None:
     torch.manual_seed(0)
-    tokenizer = MultiScaleVQ(MultiScaleVQConfig(AUTOENCODER, GRIDS, 32, codebook_update="ema"))
+    tokenizer = Tokenizer(TokenizerConfig(AUTOENCODER, GRIDS, 32, codebook_update="ema"))
     pictures = emoji(32)
     before = tokenizer.eval().encode(pictures)
     task = TokenizerTask(TokenizerRecipe(tokenizer.config, revive_every=1), codes_of=tokenizer)
@@ -242,6 +247,25 @@ def test_training_the_decoder_alone_lowers_the_loss_and_leaves_every_code_as_it_
     assert torch.equal(before.canvas.value, after.canvas.value)
 
 
+def test_a_model_takes_a_decoder_of_the_same_codes_and_no_other(tmp_path: Path) -> None:
+    save(tiny_var(), tmp_path / "model")
+    model, other = load(tmp_path / "model"), load(tmp_path / "model").tokenizer
+    tokens = model.encode(emoji(2))
+    with torch.no_grad():
+        other.decoder.output.bias.add_(0.25)
+    save_tokenizer(other, tmp_path / "decoder")
+    replace_tokenizer(tmp_path / "model", tmp_path / "decoder", tmp_path / "both")
+    found = load(tmp_path / "both").tokenizer.decode_tokens(tokens)
+    torch.testing.assert_close(found, other.decode_tokens(tokens), rtol=0, atol=1e-2)
+    assert float((found - model.decode(tokens)).abs().max()) > 0.1
+    with torch.no_grad():
+        other.quantiser.codebook.weight.neg_()
+    save_tokenizer(other, tmp_path / "others")
+    with pytest.raises(InputError, match="makes other codes than the tokenizer of"):
+        replace_tokenizer(tmp_path / "model", tmp_path / "others", tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 SHIPPED = files("nextscale").joinpath("weights").joinpath("emoji-64")
 
 
@@ -258,7 +282,7 @@ def test_a_trained_tokenizer_s_error_falls_with_every_decoded_scale() -> None:
 
 
 def test_a_config_knows_its_bits_and_its_plan() -> None:
-    config = replace(MultiScaleVQConfig(), vocabulary=4096)
+    config = replace(TokenizerConfig(), vocabulary=4096)
     assert config.bits == 680 * 12 and config.plan.length == 680 and config.autoencoder.factor == 16
 
 

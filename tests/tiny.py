@@ -22,7 +22,7 @@ from nextscale.run import Run
 from nextscale.sampling.generation import Settings
 from nextscale.systems.var import VAR, VARConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
 
 AUTOENCODER = AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle")
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))
@@ -44,7 +44,7 @@ def fill(module: nn.Module, seed: int = 0) -> None:
 def tiny_var(grids: tuple[tuple[int, int], ...] = GRIDS, seed: int = 0, classes: tuple[int, ...] = (CLASSES,),
              phi_count: int = 4, vocabulary: int = 32, depth: int = 2, **generator: object) -> VAR:
     """A filled VAR on pictures of four times its last grid (16x16 by default)."""
-    config = VARConfig(MultiScaleVQConfig(AUTOENCODER, grids, vocabulary, phi_count),
+    config = VARConfig(TokenizerConfig(AUTOENCODER, grids, vocabulary, phi_count),
                        VARGeneratorConfig.of_depth(depth, width=48, heads=3, **generator), classes,
                        settings={"pictures": Settings(guidance_scale=2.0, top_k=20, top_p=0.95)})
     system = VAR(config).eval()

@@ -23,7 +23,8 @@ from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided
 from nextscale.sampling.steps import sample_steps
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import Tokenizer
 
 SCALES = ((1, 1), (2, 2), (3, 3), (4, 4))
 CLASSES, VOCABULARY = (5, 3), 24
@@ -44,7 +45,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 def model(grids: tuple[tuple[int, int], ...] = SCALES, maps: int = 1, seed: int = 0) -> Any:
     """A VAR; two maps make it a joint model of a control map and a picture (ControlVAR, arXiv 2406.09750)."""
     plan = Plan.scales(grids, maps=maps)
-    tokenizer = MultiScaleVQ(MultiScaleVQConfig(AUTOENCODER, grids, VOCABULARY, phi_count=2)).eval()
+    tokenizer = Tokenizer(TokenizerConfig(AUTOENCODER, grids, VOCABULARY, phi_count=2)).eval()
     body, head = VARGenerator(BODY, plan, 8).eval(), CategoricalHead(BODY.width, VOCABULARY)
     labels = ClassTable(CLASSES, BODY.width)
     randomise(tokenizer.quantiser, 1)  # the same codes for every seed: systems that hand over share their tokenizer

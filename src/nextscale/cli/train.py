@@ -154,14 +154,37 @@ def merge(
     \b
     Example: nextscale train merge --model var-d16/ --adapters runs/mine/adapters --out runs/merged
     """
-    from nextscale.data.pictures_out import check_writable
     from nextscale.training.finetune_recipe import merge_adapters
+
+    _check_new(out)
+    merge_adapters(model, adapters, out, dtype.value, weights, tokenizer_weights)
+    typer.echo(f"{out}: done")
+
+
+@app.command("assemble")
+def assemble(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a trained model.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder of a tokenizer that makes the same codes.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
+) -> None:
+    """Write a model with another tokenizer of the same codes, one whose decoder was trained on with codes_of.
+
+    \b
+    Example: nextscale train assemble --model runs/generator/model --tokenizer runs/decoder/tokenizer --out runs/both
+    """
+    from nextscale.training.tokenizer_recipe import replace_tokenizer
+
+    _check_new(out)
+    replace_tokenizer(model, tokenizer, out)
+    typer.echo(f"{out}: done")
+
+
+def _check_new(out: Path) -> None:
+    from nextscale.data.pictures_out import check_writable
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is there already and not an empty folder; choose another")
     check_writable(out, folder=True)
-    merge_adapters(model, adapters, out, dtype.value, weights, tokenizer_weights)
-    typer.echo(f"{out}: done")
 
 
 def _train(

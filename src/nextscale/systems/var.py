@@ -53,7 +53,8 @@ from nextscale.sampling.score import LogProb, score
 from nextscale.sampling.steps import sample_steps
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import Tokenizer
 
 Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
 
@@ -66,7 +67,7 @@ class VARConfig:
     settings: by purpose, ``pictures`` (what generate uses by default) and ``fid``.
     """
 
-    tokenizer: MultiScaleVQConfig = field(default_factory=MultiScaleVQConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     generator: VARGeneratorConfig = field(default_factory=VARGeneratorConfig)
     classes: tuple[int, ...] = (1000,)
     class_names: tuple[tuple[str, ...], ...] = ()
@@ -84,7 +85,7 @@ class VAR(nn.Module):
     def __init__(self, config: VARConfig):
         super().__init__()
         self.config = config
-        self.tokenizer = MultiScaleVQ(config.tokenizer)
+        self.tokenizer = Tokenizer(config.tokenizer)
         self.generator = VARGenerator(config.generator, config.tokenizer.plan,
                                       config.tokenizer.autoencoder.latent_width)
         self.head = CategoricalHead(config.generator.width, config.tokenizer.vocabulary)
@@ -345,10 +346,10 @@ def squares(sides: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 SMALL = {
     "var-d6-64px": VARConfig(
-        MultiScaleVQConfig(AutoencoderConfig(32, (1, 2, 4, 6), 1, 2, 32, 32, "middle"), squares((1, 2, 3, 4, 6, 8))),
+        TokenizerConfig(AutoencoderConfig(32, (1, 2, 4, 6), 1, 2, 32, 32, "middle"), squares((1, 2, 3, 4, 6, 8))),
         VARGeneratorConfig(6, 256, 4, shared_modulation=True)),
     "var-d2-16px": VARConfig(
-        MultiScaleVQConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"), squares((1, 2, 3, 4)), 32),
+        TokenizerConfig(AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle"), squares((1, 2, 3, 4)), 32),
         VARGeneratorConfig.of_depth(2), (10,)),
 }
 
@@ -362,7 +363,7 @@ def preset_config(name: str) -> VARConfig:
     if name in SMALL:
         return SMALL[name]
     if name == "var-d36-s":
-        return VARConfig(MultiScaleVQConfig(grids=squares(PLANS[512])),
+        return VARConfig(TokenizerConfig(grids=squares(PLANS[512])),
                          VARGeneratorConfig.of_depth(36, shared_modulation=True))
     raise InputError(f"unknown VAR size {name!r}{did_you_mean(name, [*depths, 'var-d36-s', *SMALL])}")
 

@@ -12,7 +12,7 @@ from nextscale.errors import InputError
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.systems.var import PLANS, VAR, Transformer, VARConfig, squares
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
-from nextscale.tokenizers.multiscale_vq import MultiScaleVQConfig
+from nextscale.tokenizers.config import TokenizerConfig
 
 TOKENIZER_NAMES: tuple[tuple[str, str | None], ...] = (
     *((rf"{side}\.{level}\.(\d+)\.block\.(\d+)\.{theirs}\.(weight|bias)", rf"{side}.levels.\1.blocks.\2.{ours}.\3")
@@ -96,10 +96,10 @@ def published_config(vae: dict[str, Any], var: dict[str, Any]) -> VARConfig:
     if "patch_nums" in var and squares(var["patch_nums"]) != grids:
         raise InputError(f"patch_nums {tuple(var['patch_nums'])} of the transformer and v_patch_nums "
                          f"{tuple(h for h, _ in grids)} of the tokenizer must be the same")
-    tokenizer = MultiScaleVQConfig(
+    tokenizer = TokenizerConfig(
         AutoencoderConfig(width=vae.get("ch", 128), latent_width=vae.get("z_channels", 32)), grids,
         vocabulary=vae.get("vocab_size", 4096), phi_count=phi_count, phi_ratio=phi_ratio,
-        cosine=vae.get("using_znorm", False), commitment=vae.get("beta", 0.25))
+        cosine=vae.get("using_znorm", False))
     generator = VARGeneratorConfig(
         depth=var.get("depth", 16), width=var.get("embed_dim", 1024), heads=var.get("num_heads", 16),
         mlp_ratio=var.get("mlp_ratio", 4.0), shared_modulation=var.get("shared_aln", False),

@@ -39,8 +39,7 @@ class TokenizerConfig:
     codebook_update: ``"gradient"`` as published, or ``"ema"``, an exponential moving average of what each code was
     used for, which ``codebook_decay`` sets.
 
-    codebook_decay is that of the usage record too, for every kind. commitment: the published weight, for the record;
-    a training takes it from its ``ReconstructionWeights``. levels: of ``fsq``, one number a channel.
+    codebook_decay is that of the usage record too, for every kind. levels: of ``fsq``, one number a channel.
     tokens: what ``bsq`` and ``lfq`` emit, an ``"index"`` a cell or its ``"bits"``; both decode.
 
     Raises InputError on values that don't fit each other.
@@ -52,7 +51,6 @@ class TokenizerConfig:
     phi_count: int = 4
     phi_ratio: float = 0.5
     cosine: bool = False
-    commitment: float = 0.25
     codebook_update: Literal["gradient", "ema"] = "gradient"
     codebook_decay: float = 0.99
     kind: Kind = "vq"

@@ -19,7 +19,6 @@ from nextscale.parallel import total
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.quantiser import CodebookQuantiser, Quantised
-from nextscale.tokenizers.tokenizer import Tokenizer
 
 
 @functools.lru_cache
@@ -139,8 +138,3 @@ class _FrozenCodebook:
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.quantiser.embed(tokens).detach()
-
-
-# The tokenizer whose kind is "vq", under the name of VAR's paper: the defaults of its configuration are VAR's.
-MultiScaleVQConfig = TokenizerConfig
-MultiScaleVQ = Tokenizer

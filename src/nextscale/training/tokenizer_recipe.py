@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,16 @@ import torch
 from nextscale import hub, parallel
 from nextscale.configuration import build
 from nextscale.data import PictureDataset
+from nextscale.data.pictures_out import writing_folder
+from nextscale.errors import InputError
 from nextscale.objectives.reconstruction import FeatureDistance, lpips_distance
+from nextscale.systems import var
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.config import TrainConfig
 from nextscale.training.recipes import DataRecipe, check_size, open_splits, train_on
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
+from nextscale.training.tokens import tokenizer_hash
 from nextscale.training.trainer import TrainResult
 
 
@@ -70,6 +75,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
     hub.load_published(tokenizer, tensors, ((r"(.*)", r"\1"),), str(path))
     return tokenizer.eval()
+
+
+def replace_tokenizer(model: Path, tokenizer: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the model of a folder with another tokenizer of the same codes: one whose decoder was trained on.
+
+    Raises WeightsError where a folder holds none, InputError where the tokenizer's codes are others than the model's.
+    """
+    system, other = var.load(model), load_tokenizer(tokenizer)
+    own, given = (tokenizer_hash(deepcopy(t).to(torch.bfloat16)) for t in (system.tokenizer, other))
+    if own != given:
+        raise InputError(f"{tokenizer} makes other codes than the tokenizer of {model}; train on that one's decoder "
+                         "(codes_of in a tokenizer's recipe), or a generator on the codes of this one")
+    system.tokenizer.load_state_dict(other.state_dict())
+    with writing_folder(out) as temporary:
+        var.save(system, temporary, dtype)
 
 
 def _perceptual(name: str) -> torch.nn.Module | None:
