@@ -231,7 +231,8 @@ def test_a_generator_runs_on_the_codes_of_any_kind(case: str) -> None:
     assert drawn.images.shape == (2, 3, 16, 16)
     assert [step.shape for step in drawn.tokens] == [(2, step.rows) for step in system.plan]
     with torch.no_grad():
-        torch.testing.assert_close(system.decode(drawn.tokens), drawn.images, rtol=0, atol=1.0 if smooth else 1e-5)
+        again = system.decode(drawn.tokens)
+    assert torch.allclose(again, drawn.images, rtol=0, atol=1e-5) != smooth
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from cases import GUIDANCE, LABELS, SEEDS, Case, finished, model, same_tokens
 from torch import Tensor
@@ -74,18 +73,18 @@ def test_the_network_is_one_graph_with_and_without_memory() -> None:
     torch.testing.assert_close(body(call, Context()), m.generator(call, Context()))
 
 
-def test_twenty_four_one_token_steps_need_at_most_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_four_one_token_steps_need_at_most_two_graphs() -> None:
     """One for the first step, which allocates memory, one for all others: the number of remembered rows is the only
     integer that grows, and is declared dynamic (else its value at the second step costs a third graph)."""
     torch._dynamo.reset()
-    monkeypatch.setattr("torch.compiler.config.dynamic_sources", r".*memory\.groups.*\.length")
     m, counter, guidance = model(((1, 1),) * 24), CompileCounter(), GUIDANCE["two"]
 
     def start() -> Run:
         return Run.start(m.plan, m.tokenizer.quantiser, ClassCondition(m.labels, torch.tensor(LABELS)),
                          guidance.branches, Keyed.from_seeds(SEEDS), len(SEEDS))
 
-    compiled = sample_with(torch.compile(m.generator, fullgraph=True, backend=counter), start(), m, guidance)
+    with torch.compiler.config.patch(dynamic_sources=r".*memory\.groups.*\.length"):
+        compiled = sample_with(torch.compile(m.generator, fullgraph=True, backend=counter), start(), m, guidance)
     assert counter.frame_count <= 2
     assert all(group.tags is None for groups in compiled.memory.groups.values() for group in groups)
     same_tokens(compiled, sample_with(m.generator, start(), m, guidance))
