@@ -202,8 +202,8 @@ def _train(
     for key, value in changes.items():
         override(recipe, key, value)
     with processes():
-        run(recipe, out, resume)
-        typer.echo(f"{result}: done")
+        stopped = run(recipe, out, resume).stopped == "signal"
+        typer.echo(f"{result}: as far as it came; --resume goes on" if stopped else f"{result}: done")
 
 
 def _changes(data: str | None, given: list[str] | None) -> dict[str, Any]:
