@@ -33,7 +33,6 @@ DRAWN = 70  # two blocks
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, a model of them, its tokenizer, and a judge that knows the same classes."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("evaluation")
     draw_pictures(folder / "pictures", each=40)
     system = tiny_var(classes=(3,))

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ SCRIPT = Path(__file__).with_name("small_task.py")
 
 class PowerCut(BaseException):
     """Stands for a crash that no code of ours sees."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads waiting for each other on tiny layers take longer than the layers, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +114,7 @@ def test_a_crash_at_any_moment_of_writing_leaves_a_good_checkpoint(
 
         return act
 
-    for name in ("_flush", "_remove", "save_file"):
+    for name in ("flush", "_remove", "save_file"):
         monkeypatch.setattr(checkpoint_module, name, cutting(name, getattr(checkpoint_module, name)))
     monkeypatch.setattr(checkpoint_module.shutil, "rmtree", cutting("rmtree", checkpoint_module.shutil.rmtree))
     with pytest.raises(PowerCut):

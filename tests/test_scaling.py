@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from small_task import draw_pictures
 from tiny import tiny_var
 
@@ -155,7 +154,6 @@ def test_runs_of_others_are_read_and_bad_files_named(tmp_path: Path, capsys: pyt
 
 
 def test_family_is_trained_measured_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.set_num_threads(1)
     pictures = draw_pictures(tmp_path / "pictures", each=20)
     save_tokenizer(tiny_var().tokenizer, tmp_path / "tokenizer")
     changes = {"data.spec": str(pictures), "data.size": 16, "data.held_out_split": "validation", "train.steps": 4,

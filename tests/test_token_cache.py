@@ -41,14 +41,6 @@ SIZE, PICTURES, SHARD = 16, 30, 4
 TIMES = ("seconds", "pictures_per_second", "flop_utilisation")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_pictures(tmp_path_factory.mktemp("data") / "pictures")

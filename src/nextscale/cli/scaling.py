@@ -25,7 +25,7 @@ def scaling(
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="The generator's recipe that all sizes share.")
-    ] = "emoji-64-generator",
+    ] = "own-64-generator",
     data: Annotated[
         str | None, typer.Option("--data", help="Pictures, as for train.", show_default="the recipe's")
     ] = None,

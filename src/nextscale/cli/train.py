@@ -37,7 +37,7 @@ Overrides = Annotated[
 @app.command("tokenizer")
 def tokenizer(
     out: Out,
-    recipe: Recipe = "emoji-64-tokenizer",
+    recipe: Recipe = "own-64-tokenizer",
     data: Data = None,
     resume: Resume = False,
     set_: Overrides = None,
@@ -59,7 +59,7 @@ def tokenizer(
 @app.command("generator")
 def generator(
     out: Out,
-    recipe: Recipe = "emoji-64-generator",
+    recipe: Recipe = "own-64-generator",
     data: Data = None,
     tokenizer: Annotated[
         str | None,

@@ -86,6 +86,15 @@ def writing(path: Path) -> Iterator[Path]:
         _forget(temporary)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a rename after it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` whose files go into ``path`` together at the end, or not at all.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextscale.data.pictures_out import writing
+from nextscale.data.pictures_out import flush, writing
 from nextscale.errors import DataError, InputError
 
 FORMAT = 1
@@ -185,7 +184,7 @@ def write_shard(folder: Path, job: TokenJob, shard: int, tokens_NAL: Tensor, lab
         except SafetensorError as error:
             raise OSError(0, str(error)) from None
         temporary.chmod(0o644)
-        _flush(temporary)
+        flush(temporary)
 
 
 def clear_leftovers(folder: Path, shard: int) -> None:
@@ -211,14 +210,6 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
     """A tensor cut along its first axis, so that a mapped one is never in memory as a whole."""
     row = max(1, tensor[:1].numel() * tensor.element_size())
     return tensor.split(max(1, _CHECK_BYTES // row))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -364,4 +355,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)

@@ -11,7 +11,6 @@ kind is read by any number of processes, with weights spread or not.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nextscale import parallel
+from nextscale.data.pictures_out import flush
 from nextscale.errors import WeightsError
 
 FORMAT = 1
@@ -153,37 +153,29 @@ def _finish(
         if sharded:
             for path in sorted((working / SHARDS).iterdir()):
                 files[f"{SHARDS}/{path.name}"] = path.stat().st_size
-            _flush(working / SHARDS)
+            flush(working / SHARDS)
         else:
             _make_folder(out, working, target)
         for name, tensors in {} if sharded else checkpoint.tensors.items():
             path = working / f"{name}.safetensors"
             # Clones, because safetensors refuses tensors that share memory (tied weights).
             save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path)
-            _flush(path)
+            flush(path)
             files[name] = path.stat().st_size
         state = {"format": FORMAT, "step": checkpoint.step, "sharded": sharded, "files": files}
         state["state"] = checkpoint.state
         (working / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        _flush(working / _STATE)
-        _flush(working)
+        flush(working / _STATE)
+        flush(working)
         if target.exists():
             _remove(target)
         working.rename(target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(working, ignore_errors=True)
         raise _unwritten(out, target, error) from None
     for old in checkpoints(out)[:-keep]:
         _remove(old)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,11 @@
+"""What all tests share."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads waiting for each other on tiny layers take longer than the layers; several processes run the tests."""
+    torch.set_num_threads(1)
