@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nextscale.configuration import build
 from nextscale.errors import NextscaleError
+from nextscale.generators.var import VARGeneratorConfig
 from nextscale.layers import bf16_training
 from nextscale.systems.var import VAR, VARConfig, preset_config
 from nextscale.training.ema import Average
@@ -49,7 +50,8 @@ def system_of(model: str) -> tuple[VAR, float]:
         return system, 1e-3
     generator = build(GeneratorTraining, read_recipe("emoji-64-generator"), "emoji-64-generator")
     tokenizer = build(TokenizerTraining, read_recipe("emoji-64-tokenizer"), "emoji-64-tokenizer")
-    return VAR(VARConfig(tokenizer.tokenizer.model, generator.generator, (51, 5))), generator.gate
+    network = build(VARGeneratorConfig, generator.generator, "emoji-64-generator")
+    return VAR(VARConfig(tokenizer.tokenizer.model, network, (51, 5))), generator.gate
 
 
 class Trained:

@@ -29,7 +29,7 @@ from nextscale.cli.main import app, run
 from nextscale.data.pictures_out import read_settings
 from nextscale.errors import NextscaleError
 from nextscale.generators.var import VARGeneratorConfig
-from nextscale.systems import var, var_published
+from nextscale.systems import folders, var, var_published
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
 
@@ -43,9 +43,9 @@ def tiny_config() -> var.VARConfig:
     return var.VARConfig(tokenizer, VARGeneratorConfig.of_depth(2), (4, 2), (CLASSES, STYLES))
 
 
-def published_tiny(name: str) -> var.VAR:
+def published_tiny(name: str) -> var.VARConfig:
     """Stands in for a published size, small enough to convert in a test."""
-    return var.VAR(var_published.published_config(*published_constructors().values()))
+    return var_published.published_config(*published_constructors().values())
 
 
 def published_constructors() -> dict[str, dict]:
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved VAR for 16x16 pictures with two kinds of label."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    var.save(var.VAR(tiny_config()).initialise(0.5), folder)
+    folders.save(var.VAR(tiny_config()).initialise(0.5), folder)
     return folder
 
 
@@ -249,8 +249,7 @@ def test_convert_writes_a_folder_that_generates_what_the_published_files_do(
     weights = parity.fill(golden)
     torch.save(weights["vae"], "vae.pth")
     torch.save({"trainer": {"var_wo_ddp": weights["var"]}}, "var.pth")
-    monkeypatch.setitem(registry._MODELS, "var-tiny", f"{__name__}:preset")
-    monkeypatch.setattr(sys.modules[__name__], "preset", published_tiny, raising=False)
+    monkeypatch.setitem(registry._PUBLISHED, "var-tiny", f"{__name__}:published_tiny")
     assert run(shlex.split("convert var-tiny --tokenizer vae.pth --weights var.pth --out folder")) == 0
     assert files_in(work / "folder") == ["config.json", "generator.safetensors", "tokenizer.safetensors"]
     assert run(shlex.split("generate --model folder --label 1 --count 2 --out a.png")) == 0

@@ -21,7 +21,7 @@ from nextscale.evaluation import sets
 from nextscale.evaluation.blocks import Blocks, Shard
 from nextscale.evaluation.sets import match_labels
 from nextscale.sampling.generation import Settings
-from nextscale.systems import var
+from nextscale.systems import folders
 from nextscale.tokenizers.features import ClassifierConfig, PictureClassifier, save_classifier
 from nextscale.training.tokenizer_recipe import save_tokenizer
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     system = tiny_var(classes=(3,))
     system.config = dataclasses.replace(system.config, class_names=(CLASSES,),
                                         settings={"pictures": Settings(), "fid": Settings(guidance_scale=1.5)})
-    var.save(system, folder / "model")
+    folders.save(system, folder / "model")
     save_tokenizer(system.tokenizer, folder / "tokenizer")
     judge = PictureClassifier(ClassifierConfig(2, (8, 16), (1, 1), (3,), (CLASSES,), dropout=0.0))
     for parameter in judge.parameters():
@@ -88,7 +88,7 @@ def test_every_figure_is_there_and_named(place: Path, whole: dict[str, Any]) -> 
 
 
 def test_likelihood_is_the_systems(place: Path, whole: dict[str, Any]) -> None:
-    system = var.load(place / "model")
+    system = folders.load(place / "model")
     dataset = open_dataset(place / "pictures", 16, "train")
     chosen = np.linspace(0, len(dataset) - 1, 20).round().astype(int)
     pictures = torch.stack([dataset[int(i)].picture for i in chosen]).float() / 127.5 - 1

@@ -20,7 +20,7 @@ import nextscale
 from nextscale.cli.main import run
 from nextscale.errors import InputError, MissingExtraError, WeightsError
 from nextscale.layers.linear import Linear, _has_blocked_products
-from nextscale.systems import var
+from nextscale.systems import folders
 from nextscale.systems.var import VAR
 from nextscale.training import TrainConfig, adapters, latest, read_metrics
 from nextscale.training.adapters import AdapterConfig, AdapterFile, attach, load_adapters, merge, save_adapters
@@ -244,7 +244,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
-    var.save(named_var(), folder, torch.float32)
+    folders.save(named_var(), folder, torch.float32)
     return folder
 
 
@@ -313,7 +313,7 @@ def test_a_run_resumed_on_another_model_is_refused(base: Path, pictures: Path, t
     train_finetune(recipe(base, pictures, train={"steps": 1}), tmp_path / "run")
     other = named_var()
     other.generator.start.data.add_(1.0)
-    var.save(other, tmp_path / "other", torch.float32)
+    folders.save(other, tmp_path / "other", torch.float32)
     with pytest.raises(WeightsError, match="begun on another model"):
         train_finetune(recipe(tmp_path / "other", pictures), tmp_path / "run", resume=True)
 

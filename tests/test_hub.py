@@ -16,7 +16,7 @@ from tiny import tiny_var
 import nextscale
 from nextscale import hub
 from nextscale.errors import NextscaleError, WeightsError
-from nextscale.systems import var
+from nextscale.systems import folders
 
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ENDINGS = st.sampled_from([".safetensors", ".pth", ".pt", ".bin", ".ckpt", ""])
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_made_is_a_weights_error(tmp_path: Path) -> None
 
 def test_a_saved_model_draws_the_same_pictures(tmp_path: Path) -> None:
     system = tiny_var(grids=((1, 1), (2, 3), (4, 4)), shared_modulation=True, classes=(4, 2))
-    var.save(system, tmp_path / "model", torch.float32)
+    folders.save(system, tmp_path / "model", torch.float32)
     again = nextscale.load(str(tmp_path / "model"), device="cpu")
     assert again.config == system.config and not again.training
     for n, p in system.state_dict().items():
@@ -229,18 +229,18 @@ def test_a_saved_model_draws_the_same_pictures(tmp_path: Path) -> None:
 
 def test_a_model_saved_in_bf16_loads_in_float32_and_half_the_size(tmp_path: Path) -> None:
     system = tiny_var()
-    var.save(system, tmp_path / "half")
-    var.save(system, tmp_path / "full", torch.float32)
+    folders.save(system, tmp_path / "half")
+    folders.save(system, tmp_path / "full", torch.float32)
     sizes = [(tmp_path / f / "generator.safetensors").stat().st_size for f in ("half", "full")]
     assert sizes[0] < 0.6 * sizes[1]
-    again = var.load(tmp_path / "half")
+    again = folders.load(tmp_path / "half")
     assert again.head.weight.dtype == torch.float32
     torch.testing.assert_close(again.head.weight, system.head.weight, rtol=0.01, atol=0.01)
 
 
 def test_broken_model_folders_are_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    var.save(tiny_var(), folder)
+    folders.save(tiny_var(), folder)
     good = {p.name: p.read_bytes() for p in folder.iterdir()}
     cut = {name: content[:len(content) // 2] for name, content in good.items()}
     for name in good:

@@ -22,8 +22,9 @@ from nextscale.canvas import Canvas  # noqa: E402
 from nextscale.conditions.class_label import ClassCondition  # noqa: E402
 from nextscale.errors import WeightsError  # noqa: E402
 from nextscale.sampling.score import hidden_states  # noqa: E402
+from nextscale.systems.folders import load_published  # noqa: E402
 from nextscale.systems.var import VAR  # noqa: E402
-from nextscale.systems.var_published import load_published, published_config  # noqa: E402
+from nextscale.systems.var_published import published_config  # noqa: E402
 from nextscale.tokenizers import pyramid  # noqa: E402
 
 GOLDENS = sorted(FOLDER.glob("*.json"))

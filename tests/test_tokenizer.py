@@ -15,7 +15,7 @@ from nextscale.canvas import Canvas
 from nextscale.errors import InputError
 from nextscale.objectives.reconstruction import psnr
 from nextscale.plan import Plan
-from nextscale.systems.var import load, save
+from nextscale.systems.folders import load, save
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.multiscale_vq import phi_table

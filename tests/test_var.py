@@ -14,8 +14,9 @@ from nextscale.errors import InputError, WeightsError
 from nextscale.plan import ALL_PREVIOUS, PREVIOUS_ONLY, Plan, Visibility
 from nextscale.sampling.guidance import ClassifierFree, Unguided
 from nextscale.sampling.score import hidden_states
+from nextscale.systems.folders import load_published
 from nextscale.systems.var import VAR, preset_config
-from nextscale.systems.var_published import load_published, published_config
+from nextscale.systems.var_published import published_config
 from nextscale.tokenizers import pyramid
 
 VARIANTS: dict[str, dict[str, object]] = {

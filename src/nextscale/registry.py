@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Literal
 
 from nextscale.errors import DataError, InputError, did_you_mean, nearest
 
@@ -34,6 +35,7 @@ __all__ = [
     "system_entry",
     "systems",
     "systems_path",
+    "weights_of",
 ]
 
 STATUSES = ("planned", "built", "shown")
@@ -55,17 +57,12 @@ FAMILIES = (
     "Added by other packages",
 )
 
-# Model name -> "module:function"; the function takes the name and returns the system.
-_MODELS = {
-    "var-d16": "nextscale.systems.var:preset",
-    "var-d20": "nextscale.systems.var:preset",
-    "var-d24": "nextscale.systems.var:preset",
-    "var-d30": "nextscale.systems.var:preset",
-    "var-d36-s": "nextscale.systems.var:preset",
-    "var-d6-64px": "nextscale.systems.var:untrained",
-    "var-d2-16px": "nextscale.systems.var:untrained",
-    "emoji-64": "nextscale.systems.var:shipped",
-}
+# Model name -> "module:function". Of the first two kinds the function takes the name and returns the configuration, of
+# all others the system.
+_PUBLISHED = dict.fromkeys(("var-d16", "var-d20", "var-d24", "var-d30", "var-d36-s"),
+                           "nextscale.systems.var:preset_config")
+_SMALL = dict.fromkeys(("var-d6-64px", "var-d2-16px"), "nextscale.systems.var:preset_config")
+_SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,17 @@ def systems() -> dict[str, SystemEntry]:
 
 def models() -> dict[str, str]:
     """Names that `nextscale.load` takes, presets and models that ship, each with its "module:function"."""
-    table = dict(_MODELS)
+    table = {**_PUBLISHED, **_SMALL, **_SHIPPED}
     for point in _added("nextscale.models", table):
         table[point.name] = point.value
     return table
+
+
+def weights_of(name: str) -> Literal["published", "none", "shipped", "unknown"]:
+    """Where a model's weights come from: published files that the user gives, none (a small size of this project, for
+    training and tests), the package itself, or whatever another package does."""
+    return ("published" if name in _PUBLISHED else "none" if name in _SMALL else
+            "shipped" if name in _SHIPPED else "unknown")
 
 
 def _added(group: str, ours: Iterable[str]) -> list[EntryPoint]:

@@ -31,8 +31,9 @@ from nextscale.sampling.filters import make_filters
 from nextscale.sampling.guidance import make_guidance
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import sample_steps
+from nextscale.systems.folders import load_published
 from nextscale.systems.var import VAR
-from nextscale.systems.var_published import load_published, published_config
+from nextscale.systems.var_published import published_config
 from nextscale.tokenizers import pyramid
 
 LIMIT, PICTURE_LIMIT = 2e-4, 1e-3  # where a golden set names none

@@ -31,8 +31,8 @@ def convert(
 
     from nextscale import hub
     from nextscale.data.pictures_out import check_writable, writing_folder
-    from nextscale.registry import import_target, models
-    from nextscale.systems import var, var_published
+    from nextscale.registry import models
+    from nextscale.systems import folders
 
     published = [name for name in models() if options.needs_weights(name)]
     if model not in published:
@@ -43,14 +43,14 @@ def convert(
     check_writable(out, folder=True)
     # Damaged files are told before a large model is built.
     tensors = [hub.read_tensors(where) for where in (tokenizer, weights)]
-    system = import_target(models()[model])(model)  # type: ignore[operator]
+    system = folders.open_model(model)
     for part, file, found in zip(("tokenizer", "generator"), (tokenizer, weights), tensors, strict=True):
         try:
-            var_published.load_published(system, **{part: found})
+            folders.load_published(system, **{part: found})
         except WeightsError as error:
             raise WeightsError(f"{file}, read as {model}'s {part}: {error}") from None
     with writing_folder(out) as temporary:
-        var.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
+        folders.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     typer.echo(f"{out}: {model} in {dtype.value}, {size:,.0f} MB")
 

@@ -9,7 +9,7 @@ import typer
 from nextscale.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from nextscale.systems.var import VARConfig
+    from nextscale.systems.class_conditional import SystemConfig
 
 
 def list_models(
@@ -33,32 +33,14 @@ def list_models(
         typer.echo("  ".join([*(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=False)), row[3]]))
 
 
-def _config(name: str) -> VARConfig | None:
-    """A model's configuration without building it; None for models of other packages."""
-    from pathlib import Path
-
-    from nextscale.registry import models
-    from nextscale.systems import var
-
-    if Path(name).is_dir():
-        return var.read_config(Path(name))
-    target = models().get(name)
-    if target is None:
-        hint = did_you_mean(name, models(), "; `nextscale models` lists them")
-        raise InputError(f"no model or folder {name!r}{hint}")
-    if target.endswith(":shipped"):
-        return var.read_config(var.shipped_folder(name))
-    ours = target.startswith("nextscale.systems.var:")
-    return var.preset_config(name) if ours else None
-
-
 def _row(name: str) -> tuple[str, str, str, str]:
     from nextscale.cli.options import needs_weights
     from nextscale.errors import WeightsError
-    from nextscale.registry import models
+    from nextscale.registry import models, weights_of
+    from nextscale.systems.folders import model_config
 
     try:
-        config = _config(name)
+        config = model_config(name)
     except WeightsError:
         return name, "", "", "not in this installation"
     if config is None:
@@ -68,14 +50,16 @@ def _row(name: str) -> tuple[str, str, str, str]:
     if needs_weights(name):
         weights = "published files: --weights, --tokenizer-weights, or convert"
     else:
-        weights = "come with the package" if models()[name].endswith(":shipped") else "none: for training and tests"
+        weights = "come with the package" if weights_of(name) == "shipped" else "none: for training and tests"
     return name, _millions(config), f"{width}x{height}", weights
 
 
 def _show(name: str) -> None:
     from dataclasses import asdict
 
-    config = _config(name)
+    from nextscale.systems.folders import model_config
+
+    config = model_config(name)
     if config is None:
         raise InputError(f"{name!r} comes from another package, which tells about it")
     typer.echo(f"parameters  {_millions(config)}")
@@ -88,13 +72,13 @@ def _show(name: str) -> None:
         typer.echo(f"label {kind}     {', '.join(names) if names else f'an index from 0 to {size - 1}'}")
 
 
-def _millions(config: VARConfig) -> str:
+def _millions(config: SystemConfig) -> str:
     import torch
 
-    from nextscale.systems.var import VAR
+    from nextscale.systems.folders import build_system
 
     with torch.device("meta"):
-        system = VAR(config)
+        system = build_system(config)
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     rest = sum(p.numel() for p in system.parameters()) - tokenizer
     return f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"

@@ -111,9 +111,9 @@ def open_model(
 
 def needs_weights(name: str) -> bool:
     """Whether a name stands for a published size, built with random weights until some are loaded."""
-    from nextscale.registry import models
+    from nextscale.registry import weights_of
 
-    return not Path(name).is_dir() and models().get(name, "").endswith(":preset")
+    return not Path(name).is_dir() and weights_of(name) == "published"
 
 
 def sampling_changes(

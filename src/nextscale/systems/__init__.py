@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 
@@ -10,20 +9,10 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
                generator: Any = None) -> Any:
     """See ``nextscale.load``."""
     from nextscale.devices import choose_device
-    from nextscale.errors import InputError, did_you_mean
-    from nextscale.registry import import_target, models
-    from nextscale.systems import var, var_published
+    from nextscale.systems.folders import load_published, open_model
 
     target = choose_device(device)
-    if Path(name).is_dir():
-        system = var.load(Path(name))
-    else:
-        # The models' table alone: a system's slug is a class without a size, and "module:name" would call anything.
-        known = models()
-        if name not in known:
-            hint = did_you_mean(name, known, "; `nextscale models` lists them")
-            raise InputError(f"no model or folder {name!r}{hint}")
-        system = import_target(known[name])(name)  # type: ignore[operator]
+    system = open_model(name)
     if tokenizer is not None or generator is not None:
-        var_published.load_published(system, tokenizer, generator)
+        load_published(system, tokenizer, generator)
     return system.to(target).to_precision(precision)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nextscale import hub
 from nextscale.errors import InputError
 from nextscale.generators.var import VARGeneratorConfig
-from nextscale.systems.var import PLANS, VAR, Transformer, VARConfig, squares
+from nextscale.systems.var import PLANS, VARConfig, squares
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
 
@@ -61,21 +60,6 @@ GENERATOR_NAMES: tuple[tuple[str, str | None], ...] = (
     (r"head\.(weight|bias)", r"head.\1"),
     (r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias", None),  # derived from the plan here
 )
-
-
-def load_published(system: VAR, tokenizer: Any = None, generator: Any = None) -> VAR:
-    """Fill a VAR with published weights: state dicts, local paths, or ``FoundationVision/var/var_d16.pth`` on the hub.
-
-    Either may be left out. Raises WeightsError naming the tensors that don't fit.
-    """
-    for given, module, names, optional in (
-            (tokenizer, system.tokenizer, TOKENIZER_NAMES, (r"quantiser\.(usage_KV|assigned.*)",)),
-            (generator, Transformer(system), GENERATOR_NAMES, ())):
-        if given is not None:
-            tensors = given if isinstance(given, dict) else hub.read_tensors(given)
-            where = "state dict" if isinstance(given, dict) else str(given)
-            hub.load_published(module, tensors, names, where, optional)
-    return system
 
 
 def published_config(vae: dict[str, Any], var: dict[str, Any]) -> VARConfig:

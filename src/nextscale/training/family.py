@@ -17,7 +17,8 @@ from nextscale import hub
 from nextscale.configuration import build
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.errors import InputError
-from nextscale.systems import var
+from nextscale.systems import folders
+from nextscale.systems.class_conditional import ClassConditionalSystem
 from nextscale.training.generator_recipe import GeneratorTraining, train_generator
 from nextscale.training.journal import read_metrics
 from nextscale.training.token_recipe import training_tokens
@@ -66,7 +67,7 @@ def train_member(member: Member) -> dict[str, Any]:
         return hub.read_json(path)
     wanted = build(GeneratorTraining, member.recipe, "recipe")
     train_generator(member.recipe, member.out, resume=True)
-    system = var.load(member.out / "model")
+    system = folders.load(member.out / "model")
     curve = [(record["step"], record[HELD_OUT_LOSS]) for record in read_metrics(member.out) if HELD_OUT_LOSS in record]
     dataset, held_out = _tokens(wanted, member.out)
     if held_out is None or not curve:
@@ -98,7 +99,7 @@ def non_embedding_parameters(generator: nn.Module) -> int:
 
 
 @torch.no_grad()
-def measure(system: var.VAR, tokens_NL: Tensor, labels_Nn: Tensor, batch: int = 64) -> dict[str, float]:
+def measure(system: ClassConditionalSystem, tokens_NL: Tensor, labels_Nn: Tensor, batch: int = 64) -> dict[str, float]:
     """Held-out nats a token and share of wrong guesses, over all scales and at the last one (VAR's L and Err)."""
     rows_K = torch.tensor([step.rows for step in system.plan], dtype=torch.float64)
     nats_K = torch.zeros(len(rows_K), dtype=torch.float64)

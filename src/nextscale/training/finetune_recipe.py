@@ -14,9 +14,10 @@ from nextscale import parallel
 from nextscale.configuration import build
 from nextscale.data.pictures_out import writing_folder
 from nextscale.devices import choose_device
-from nextscale.errors import InputError, WeightsError, did_you_mean
-from nextscale.registry import models
-from nextscale.systems import var
+from nextscale.errors import InputError, WeightsError
+from nextscale.registry import weights_of
+from nextscale.systems import folders
+from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
 from nextscale.training import adapters
 from nextscale.training.adapters import AdapterConfig, AdapterFile
 from nextscale.training.classes import ClassChange, ClassNames, Initial, extend_classes, translate
@@ -89,7 +90,7 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     wanted = build(FinetuneTraining, {**recipe, "data": {"size": side, **recipe.get("data", {})}}, "recipe")
     with torch.device("meta"):
         targets = wanted.lora.targets if wanted.lora.rank else None
-        check_names(var.VAR(config), targets, wanted.freeze, wanted.train_also)
+        check_names(folders.system_type(config.slug)(config), targets, wanted.freeze, wanted.train_also)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     system = open_base(wanted.model, wanted.weights, wanted.tokenizer_weights)
@@ -118,7 +119,7 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
             about = AdapterFile(base, Path(wanted.model).name, wanted.lora, others, classes)
             adapters.save_adapters(trained, about, out / "adapters")
         adapters.merge(system)
-        var.save(system, out / "model")
+        folders.save(system, out / "model")
 
     parallel.on_main(write)
     return result
@@ -143,37 +144,33 @@ def prepare(system: Any, wanted: FinetuneTraining, class_names: Any) -> tuple[Cl
     return change, classes
 
 
-def model_config(name: str) -> var.VARConfig:
+def model_config(name: str) -> SystemConfig:
     """A model's configuration without its weights. Raises InputError on names that are none."""
     if not name:
         raise InputError("recipe: model is missing; give a name or a folder, as in --model runs/generator/model")
-    if Path(name).is_dir():
-        return var.read_config(Path(name))
-    if name not in models():
-        hint = did_you_mean(name, models(), "; `nextscale models` lists them")
-        raise InputError(f"no model or folder {name!r}{hint}")
-    if models()[name].endswith(":shipped"):
-        return var.read_config(var.shipped_folder(name))
-    return var.preset_config(name)
+    config = folders.model_config(name)
+    if config is None:
+        raise InputError(f"{name} comes from another package and can't be fine-tuned by name; give its folder")
+    return config
 
 
 def open_base(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
-              device: str = "cpu") -> var.VAR:
+              device: str = "cpu") -> ClassConditionalSystem:
     """The model to fine-tune, in float32. Raises WeightsError for a published size without its files."""
-    preset = not Path(name).is_dir() and models().get(name, "").endswith(":preset")
-    if preset and not (weights and tokenizer_weights):
+    published = not Path(name).is_dir() and weights_of(name) == "published"
+    if published and not (weights and tokenizer_weights):
         raise WeightsError(f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
                            "`nextscale convert` wrote as --model")
     system = nextscale.load(name, device=device, tokenizer=tokenizer_weights, generator=weights)
-    if not isinstance(system, var.VAR):
-        raise InputError(f"{name} is a {type(system).__name__}; fine-tuning knows VAR only")
+    if not isinstance(system, ClassConditionalSystem):
+        raise InputError(f"{name} is a {type(system).__name__}, which fine-tuning does not know")
     return system
 
 
 def model_targets(name: str) -> list[tuple[str, int, str, bool]]:
     """``adapters.target_table`` of a model by name or folder, without reading its weights."""
     with torch.device("meta"):
-        system = var.VAR(model_config(name))
+        system = folders.build_system(model_config(name))
     return adapters.target_table(system)
 
 
@@ -187,7 +184,7 @@ def merge_adapters(model: str, folder: Path, out: Path, dtype: str = "bf16", wei
     adapters.load_adapters(system, folder)
     adapters.merge(system)
     with writing_folder(out) as temporary:
-        var.save(system, temporary, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        folders.save(system, temporary, torch.float32 if dtype == "fp32" else torch.bfloat16)
 
 
 def sheet_labels(labels_Nn: Tensor, change: ClassChange, system: Any, count: int = 32) -> list[Any]:

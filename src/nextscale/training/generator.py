@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
 from nextscale.errors import InputError
-from nextscale.systems.var import VAR
+from nextscale.systems.class_conditional import ClassConditionalSystem
 from nextscale.training.prefix import Prefix
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
 from nextscale.training.utilisation import MatrixProduct, Utilisation
@@ -22,7 +22,7 @@ NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11")
 
 
 class GeneratorTask:
-    """Trains a VAR's transformer by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
+    """Trains a system's network by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
 
     label_dropout: share of pictures trained without labels, part_dropout: share trained without each further kind;
     label_smoothing: share of the target spread over all codes; step_weights: of every scale's rows in the loss (None:
@@ -37,7 +37,7 @@ class GeneratorTask:
     phases: tuple[str, ...] = ("main",)
     uses_all_parameters = True
 
-    def __init__(self, system: VAR, label_dropout: float = 0.1, part_dropout: float = 0.1,
+    def __init__(self, system: ClassConditionalSystem, label_dropout: float = 0.1, part_dropout: float = 0.1,
                  label_smoothing: float = 0.0,
                  step_weights: tuple[float, ...] | None = None,
                  validation: tuple[Tensor, Tensor] | None = None, sheet_labels: Any = None,

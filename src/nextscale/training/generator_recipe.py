@@ -12,9 +12,10 @@ from nextscale import parallel
 from nextscale.configuration import build
 from nextscale.devices import choose_device
 from nextscale.errors import InputError
-from nextscale.generators.var import VARGeneratorConfig
 from nextscale.sampling.generation import Settings
-from nextscale.systems import var
+from nextscale.systems import folders
+from nextscale.systems.class_conditional import SystemConfig
+from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.prefix import Prefix
@@ -26,15 +27,17 @@ from nextscale.training.trainer import Trainer, TrainResult
 
 @dataclass(frozen=True)
 class GeneratorTraining:
-    """A generator's recipe. tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale
-    tokenize`` made with it, in the place of the pictures of ``data``; gate: VAR's initial factor on the residual
-    gates; prefix, checkpointing, compile and what comes before the gate: as ``GeneratorTask`` has them; settings: how
-    the finished model samples by default; threads: of the processor, 0 for all."""
+    """A generator's recipe. system: which, by slug; generator: its network, as that system's configuration has it;
+    tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale tokenize`` made with it, in the
+    place of the pictures of ``data``; gate: initial factor on the residual gates; prefix, checkpointing, compile and
+    what comes before the gate: as ``GeneratorTask`` has them; settings: how the finished model samples by default;
+    threads: of the processor, 0 for all."""
 
+    system: str = "var"
     tokenizer: str = ""
     tokens: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
-    generator: VARGeneratorConfig = field(default_factory=VARGeneratorConfig)
+    generator: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     label_dropout: float = 0.1
     part_dropout: float = 0.1
@@ -49,7 +52,7 @@ class GeneratorTraining:
 
 
 def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) -> TrainResult:
-    """Train a VAR's transformer into ``out`` and write ``out/model/``. Raises InputError on wrong keys and values."""
+    """Train a system's network into ``out`` and write ``out/model/``. Raises InputError on wrong keys and values."""
     wanted = build(GeneratorTraining, recipe, "recipe")
     if not wanted.tokenizer:
         raise InputError("recipe: tokenizer is missing; name the folder that `nextscale train tokenizer` made")
@@ -59,10 +62,9 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     tokenizer.to(choose_device(wanted.train.device))
     dataset, held_out = training_tokens(wanted, tokenizer, out)
     names = tuple(tuple(kind) for kind in dataset.class_names)
-    config = var.VARConfig(tokenizer.config, wanted.generator, tuple(len(kind) for kind in names), names,
-                           {"pictures": wanted.settings, "fid": wanted.settings})
+    config = system_config(wanted, tokenizer.config, names)
     torch.manual_seed(wanted.train.seed)
-    system = var.VAR(config).initialise(wanted.gate)
+    system = folders.system_type(wanted.system)(config).initialise(wanted.gate)
     system.tokenizer.load_state_dict(tokenizer.state_dict())
     validation = None if held_out is None else (held_out.read(range(len(held_out))), held_out.labels)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
@@ -72,9 +74,18 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     result = trainer.train()
     for name, module in trainer.averaged_modules().items():
         setattr(system, name, module)
-    parallel.on_main(lambda: var.save(system, out / "model"))
+    parallel.on_main(lambda: folders.save(system, out / "model"))
     return result
 
 
-def _sheet_labels(config: var.VARConfig, count: int = 64) -> list[tuple[int, ...]]:
+def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
+                  names: tuple[tuple[str, ...], ...]) -> SystemConfig:
+    """The configuration of the system that a recipe trains. Raises InputError on wrong keys and values."""
+    kind = folders.system_type(wanted.system).config_type
+    network = build(type(kind().generator), wanted.generator, "recipe.generator")
+    return kind(tokenizer, network, tuple(len(kind) for kind in names), names,
+                {"pictures": wanted.settings, "fid": wanted.settings})
+
+
+def _sheet_labels(config: SystemConfig, count: int = 64) -> list[tuple[int, ...]]:
     return [tuple((i * (1 + 6 * kind)) % size for kind, size in enumerate(config.classes)) for i in range(count)]

@@ -15,7 +15,7 @@ from nextscale.data import PictureDataset
 from nextscale.data.pictures_out import writing_folder
 from nextscale.errors import InputError
 from nextscale.objectives.reconstruction import FeatureDistance, lpips_distance
-from nextscale.systems import var
+from nextscale.systems import folders
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.config import TrainConfig
@@ -82,14 +82,14 @@ def replace_tokenizer(model: Path, tokenizer: Path, out: Path, dtype: torch.dtyp
 
     Raises WeightsError where a folder holds none, InputError where the tokenizer's codes are others than the model's.
     """
-    system, other = var.load(model), load_tokenizer(tokenizer)
+    system, other = folders.load(model), load_tokenizer(tokenizer)
     own, given = (tokenizer_hash(deepcopy(t).to(torch.bfloat16)) for t in (system.tokenizer, other))
     if own != given:
         raise InputError(f"{tokenizer} makes other codes than the tokenizer of {model}; train on that one's decoder "
                          "(codes_of in a tokenizer's recipe), or a generator on the codes of this one")
     system.tokenizer.load_state_dict(other.state_dict())
     with writing_folder(out) as temporary:
-        var.save(system, temporary, dtype)
+        folders.save(system, temporary, dtype)
 
 
 def _perceptual(name: str) -> torch.nn.Module | None:

@@ -1,0 +1,326 @@
+"""What class-conditional systems share: labels, settings, generate, stream, edit, score and the training loss."""
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.canvas import Canvas
+from nextscale.conditions.class_label import ClassCondition, ClassTable
+from nextscale.context import Hook
+from nextscale.errors import InputError, did_you_mean
+from nextscale.hub import NameMap
+from nextscale.noise import Keyed, Noise
+from nextscale.objectives.teacher_forcing import teacher_forcing_loss
+from nextscale.plan import Plan
+from nextscale.run import Run
+from nextscale.sampling import editing
+from nextscale.sampling.filters import make_filters
+from nextscale.sampling.generation import (
+    Generation,
+    OutputKind,
+    Preview,
+    Progress,
+    Settings,
+    check_output,
+    chunks,
+    convert,
+    join_images,
+    picture_seeds,
+    smooth_codes,
+)
+from nextscale.sampling.guidance import Guidance, make_guidance
+from nextscale.sampling.score import LogProb, score
+from nextscale.sampling.steps import sample_steps
+from nextscale.tokenizers import pyramid
+from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import Tokenizer
+
+Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """A whole system: tokenizer, network, labels and its published sampling settings; a system adds its network's.
+
+    classes: how many classes each kind of label has; class_names: their names, where known (one list a kind);
+    settings: by purpose, ``pictures`` (what generate uses by default) and ``fid``.
+    """
+
+    slug: ClassVar[str]
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    generator: Any = None
+    classes: tuple[int, ...] = (1000,)
+    class_names: tuple[tuple[str, ...], ...] = ()
+    settings: dict[str, Settings] = field(default_factory=lambda: {"pictures": Settings(), "fid": Settings()})
+
+
+class Transformer(nn.Module):
+    """What a published transformer file holds: everything of a system but its tokenizer."""
+
+    def __init__(self, system: ClassConditionalSystem):
+        super().__init__()
+        self.generator, self.head, self.labels = system.generator, system.head, system.labels
+
+
+class ClassConditionalSystem(nn.Module):
+    """A tokenizer, a network, a head and class labels under one loop: ``generate``, ``stream``, ``edit``, ``log_prob``,
+    ``encode``, ``decode``, ``loss``. A system builds its parts and says where it departs."""
+
+    config_type: ClassVar[type[SystemConfig]]
+    tokenizer: Tokenizer
+    generator: Any
+    head: Any
+    labels: ClassTable
+
+    # What low-rank adapters go to by default, by name; empty for all products of the network.
+    adapter_targets: tuple[str, ...] = ()
+
+    def __init__(self, config: SystemConfig):
+        super().__init__()
+        self.config: Any = config
+
+    def initialise(self, gate: float = 1e-3) -> ClassConditionalSystem:
+        """The published initialisation of everything but the tokenizer, for training from scratch.
+
+        gate: initial factor on what a block adds, where the system has one.
+        """
+        raise NotImplementedError
+
+    def published_names(self) -> tuple[NameMap, NameMap]:
+        """Maps from the published tensor names to this library's: of the tokenizer's file and of the network's."""
+        raise InputError(f"no published weights of {self.config.slug} are known")
+
+    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        """The matrix products of a training pass over the first ``steps`` steps: (n, k, m, how many, batch, share of
+        the arithmetic that the visibility asks for). None are told by default."""
+        return []
+
+    @property
+    def plan(self) -> Plan:
+        return self.tokenizer.plan
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.head.parameters()).device
+        return device
+
+    def to_precision(self, precision: str) -> ClassConditionalSystem:
+        """Hold the weights in ``fp32`` or ``bf16``; quantiser and canvas stay in float32 either way."""
+        if precision not in ("fp32", "bf16"):
+            raise InputError(f"precision {precision!r} is unknown; use fp32 or bf16")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        for part in (self.generator, self.head, self.labels, self.tokenizer.encoder, self.tokenizer.decoder,
+                     self.tokenizer.to_latent, self.tokenizer.from_latent):
+            part.to(dtype)
+        self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    # Pictures and tokens
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> list[Tensor]:
+        """Tokens of every scale, (B, h * w) each, of pictures (B, 3, S, S) in [-1, 1]."""
+        return self.tokenizer.encode(pictures.to(self.device)).tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1] of tokens; fewer scales give a coarse preview."""
+        return self.tokenizer.decode_tokens(self._checked(tokens, partly=True))
+
+    def _checked(self, tokens: Sequence[Tensor], partly: bool = False) -> list[Tensor]:
+        """Tokens of every scale (``partly``: of the first scales), or an InputError that says what doesn't fit."""
+        grids, vocabulary = [step.grid for step in self.plan], self.config.tokenizer.vocabulary
+        if len(tokens) > len(grids) or (len(tokens) < len(grids) and not (partly and tokens)):
+            raise InputError(f"tokens: {len(tokens)} scales were given, the model has {len(grids)}")
+        for k, (found, (h, w)) in enumerate(zip(tokens, grids, strict=False)):
+            if tuple(found.shape) != (len(tokens[0]), h * w):
+                raise InputError(f"tokens: scale {k} has shape {tuple(found.shape)}; {h}x{w} cells of every picture "
+                                 f"are {(len(tokens[0]), h * w)}")
+            if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+                raise InputError(f"tokens: scale {k} has values outside 0..{vocabulary - 1}")
+        return [found.to(self.device) for found in tokens]
+
+    def label_rows(self, labels: Sequence[Label] | Label, count: int | None = None) -> Tensor:
+        """Label indices (B, n) of names, indices, None or tuples of these; one label serves ``count`` pictures.
+
+        Raises InputError on unknown names (the nearest is suggested) and indices out of range.
+        """
+        if labels is None or isinstance(labels, (int, str, tuple)):
+            if count is not None and count < 1:
+                raise InputError(f"count is {count}; it must be at least 1")
+            labels = [labels] * (count or 1)
+        rows = []
+        for label in labels:
+            parts = label if isinstance(label, tuple) else (label,)
+            if len(parts) > len(self.config.classes):
+                raise InputError(f"label {label!r} has {len(parts)} parts; the model has {len(self.config.classes)}")
+            parts = parts + (None,) * (len(self.config.classes) - len(parts))
+            rows.append([self._label_index(kind, part) for kind, part in enumerate(parts)])
+        if count is not None and len(rows) != count:
+            raise InputError(f"{len(rows)} labels were given for {count} pictures")
+        if not rows:
+            raise InputError("no labels were given; give at least one, or None for no class")
+        return torch.tensor(rows, device=self.device)
+
+    def _label_index(self, kind: int, label: int | str | None) -> int:
+        size = self.config.classes[kind]
+        if label is None:
+            return size
+        names = self.config.class_names[kind] if kind < len(self.config.class_names) else ()
+        if isinstance(label, str) and not re.fullmatch(r"-?[0-9]+", label):
+            if label in names:
+                return names.index(label)
+            hint = did_you_mean(label, names, f"; use an index from 0 to {size - 1}")
+            raise InputError(f"unknown class {label!r}{hint}")
+        if not 0 <= int(label) < size:
+            raise InputError(f"class {label} is out of range; use 0 to {size - 1}")
+        return int(label)
+
+    # Sampling
+
+    def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise) -> Run:
+        """A run at its first step."""
+        condition = ClassCondition(self.labels, labels_Bn)
+        return Run.start(self.plan, self.tokenizer.quantiser, condition, guidance.branches, noise, len(labels_Bn),
+                         self.device)
+
+    @torch.no_grad()
+    def generate(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
+                 seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
+                 hooks: Sequence[Hook] = (), callback: Callable[[int, Run], bool | None] | None = None,
+                 batch_size: int = 16, progress: bool | None = None, output: OutputKind = "pil",
+                 **settings: Any) -> Generation:
+        """Draw pictures.
+
+        labels: one label for ``count`` pictures, or one a picture: class index, name, None, or a tuple where the model
+        has several kinds of label. seed: picture i gets ``seed + i``, whatever the batch size; or give ``seeds``.
+        purpose: which published settings to start from, ``settings`` (see ``Settings``) change them. guidance: an
+        object of your own instead of the settings'. hooks: see ``nextscale.context.Hook``. callback: called with
+        (step, run) after every step; True stops. progress: None shows it on terminals. output: pil, numpy, torch.
+
+        Raises InputError on unknown labels, settings or counts that don't match.
+        """
+        check_output(output)
+        rows = self.label_rows(labels, count)
+        used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
+        began, parts, stopped = time.perf_counter(), [], False
+        pieces = list(chunks(len(rows), batch_size))
+        with Progress(len(pieces) * len(self.plan), "drawing", progress) as bar:
+            for piece in pieces:
+                run = None
+                for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
+                                       guidance, hooks):
+                    bar.advance()
+                    if callback is not None and callback(run.cursor - 1, run):
+                        stopped = True
+                        break
+                assert run is not None
+                parts.append((convert(self.tokenizer.decode(run.canvas), output), run))
+                if stopped:
+                    break
+        drawn = sum(run.pictures for _, run in parts)
+        # A stopped batch has fewer steps than the batches before it: tokens are those of the steps that all have.
+        tokens = [torch.cat(step) for step in zip(*(run.tokens for _, run in parts), strict=False)]
+        log_prob = torch.cat([torch.cat(run.log_probs, 1).sum(1) for _, run in parts])
+        return Generation(join_images([images for images, _ in parts], output), tokens, log_prob, all_seeds[:drawn],
+                          [self.label_names(row) for row in rows[:drawn]], used, time.perf_counter() - began, stopped)
+
+    @torch.no_grad()
+    def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
+               seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
+               hooks: Sequence[Hook] = (), output: OutputKind = "pil", **settings: Any) -> Iterator[Preview]:
+        """The same step by step, all pictures in one batch: a preview after every step, the last is the picture."""
+        check_output(output)
+        rows = self.label_rows(labels, count)
+        used = self.settings_for(purpose, settings)
+        noise = Keyed.from_seeds(picture_seeds(len(rows), seed, seeds), self.device)
+        for run in self._steps(rows, noise, used, guidance, hooks):
+            yield Preview(run.cursor - 1, len(self.plan), convert(self.tokenizer.decode(run.canvas), output), run)
+
+    def settings_for(self, purpose: str, changes: dict[str, Any]) -> Settings:
+        """Published settings for a purpose, with changes."""
+        if purpose not in self.config.settings:
+            raise InputError(f"purpose {purpose!r} is unknown; this model has settings for "
+                             f"{', '.join(self.config.settings)}")
+        return self.config.settings[purpose].changed(changes)
+
+    def _steps(self, rows: Tensor, noise: Noise, used: Settings, guidance: Guidance | None,
+               hooks: Sequence[Hook]) -> Iterator[Run]:
+        guidance = guidance or make_guidance(used.guidance_scale, used.guidance_schedule)
+        filters = make_filters(used.temperature, used.top_k, used.top_p)
+        soft = smooth_codes(self.tokenizer.quantiser.codes_VC()) if used.smooth else None
+        with ExitStack() as stack:
+            if self.training:
+                self.eval()
+                stack.callback(self.train)
+            yield from sample_steps(self, self.start(rows, guidance, noise), guidance, filters, hooks, soft)
+
+    def label_names(self, row: Tensor) -> Any:
+        """What a row of label indices is called: a name or index, a tuple for several kinds, None for no class."""
+        found = []
+        for kind, index in enumerate(row.tolist()):
+            names = self.config.class_names[kind] if kind < len(self.config.class_names) else ()
+            found.append(None if index == self.config.classes[kind] else names[index] if names else index)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    # Editing
+
+    @torch.no_grad()
+    def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
+             seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
+             progress: bool | None = None, **settings: Any) -> Generation:
+        """Redraw a region without training: in- and outpainting, or another class inside a region.
+
+        pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. Tokens of untouched cells
+        are forced at every scale, so the rest equals the tokenizer's reconstruction. Raises InputError when sizes are
+        not the model's.
+        """
+        h, w = self.tokenizer.picture_size
+        if tuple(pictures.shape[1:]) != (3, h, w):
+            raise InputError(f"picture: this model edits {h}x{w} pixels, got {tuple(pictures.shape[2:])}; resize it")
+        if tuple(redraw.shape) != (len(pictures), h, w):
+            raise InputError(f"mask: its shape {tuple(redraw.shape)} must be {(len(pictures), h, w)}, as the picture's")
+        keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), self.plan.grid), self.plan)
+        forced = editing.ForcedTokens(self.encode(pictures), keep)
+        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[forced],
+                             batch_size=len(pictures), progress=progress, output=output, **settings)
+
+    # Likelihood and training
+
+    def log_prob(self, pictures_or_tokens: Tensor | Sequence[Tensor], labels: Sequence[Label] | Label = None,
+                 guidance: Guidance | None = None, filters: Sequence[Any] = ()) -> LogProb:
+        """Log-probability of pictures (B, 3, S, S) or of their tokens: a token, a step and a picture, in nats.
+
+        guidance and filters: score under a sampler's distribution instead of the model's own.
+        """
+        tokens = (self.encode(pictures_or_tokens) if isinstance(pictures_or_tokens, Tensor)
+                  else self._checked(pictures_or_tokens))
+        guidance = guidance or make_guidance(1.0)
+        condition = ClassCondition(self.labels, self.label_rows(labels, len(tokens[0])))
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
+            reads = pyramid.replay(tokens, canvas).reads
+            return score(self, self.plan, tokens, reads, condition, guidance, guidance.branches, filters)
+
+    def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
+             part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forcing cross-entropy: the loss, its value at every step (K,), the share of right guesses (K,).
+
+        tokens: of every step, (B, L_k); of the first steps only, to train these.
+        """
+        plan = self.plan if len(tokens) == len(self.plan) else replace(self.plan, steps=self.plan.steps[:len(tokens)])
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(labels_Bn), labels_Bn.device)
+            reads = pyramid.replay(list(tokens), canvas).reads
+        cond = self.labels(self.labels.drop(labels_Bn, label_dropout, part_dropout))
+        return teacher_forcing_loss(self.generator, self.head, plan, tokens, reads, cond, step_weights,
+                                    label_smoothing)

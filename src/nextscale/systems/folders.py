@@ -1,0 +1,125 @@
+"""Systems from and into folders, configurations and published files; any system that the table knows."""
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextscale import hub
+from nextscale.configuration import build
+from nextscale.errors import InputError, WeightsError, did_you_mean
+from nextscale.registry import import_target, models, resolve, weights_of
+from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig, Transformer
+
+TOKENIZER_STATISTICS = (r"quantiser\.(usage_KV|assigned.*)",)
+"""What published tokenizers may lack: only a training from these weights would want it."""
+
+
+def system_type(slug: str) -> type[ClassConditionalSystem]:
+    """The class of a system, by slug. Raises InputError where there is none, or none that has folders."""
+    found = resolve(slug)
+    if not (isinstance(found, type) and issubclass(found, ClassConditionalSystem)):
+        raise InputError(f"{slug!r} is no system that is trained, saved and loaded here")
+    return found
+
+
+def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``config.json``, ``tokenizer.safetensors`` and ``generator.safetensors`` into a folder."""
+    slug = system.config.slug
+    for name, module in (("tokenizer", system.tokenizer), ("generator", Transformer(system))):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in module.state_dict().items()}
+        hub.save_tensors(tensors, folder / f"{name}.safetensors", {"system": slug, "part": name})
+    hub.save_json({"system": slug, **asdict(system.config)}, folder / "config.json")
+
+
+def read_config(folder: Path) -> SystemConfig:
+    """The configuration of a model's folder, without its weights. Raises WeightsError, InputError on wrong files."""
+    config = hub.read_json(folder / "config.json")
+    slug = config.pop("system", "var")
+    try:
+        kind = system_type(str(slug))
+    except InputError as error:
+        raise WeightsError(f"{folder} holds a model of the system {slug!r}: {error}") from None
+    return build(kind.config_type, config, str(folder / "config.json"))
+
+
+def load(folder: Path, precision: str = "fp32") -> ClassConditionalSystem:
+    """A system that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
+    config = read_config(folder)
+    try:
+        system = build_system(config)
+    except Exception as error:  # sizes that cannot be, which every layer refuses in a way of its own
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{folder / 'config.json'} doesn't describe a model ({reason})") from None
+    for name, module in (("tokenizer", system.tokenizer), ("generator", Transformer(system))):
+        path = folder / f"{name}.safetensors"
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in hub.read_tensors(path).items()}
+        hub.load_published(module, tensors, ((r"(.*)", r"\1"),), str(path))
+    return system.to_precision(precision)
+
+
+def build_system(config: SystemConfig) -> ClassConditionalSystem:
+    """A system of a configuration, with weights as its layers make them."""
+    return system_type(config.slug)(config).eval()
+
+
+def load_published(system: ClassConditionalSystem, tokenizer: Any = None,
+                   generator: Any = None) -> ClassConditionalSystem:
+    """Fill a system with published weights: state dicts, local paths, or ``owner/name/file`` of the Hugging Face hub.
+
+    Either may be left out. Raises WeightsError naming the tensors that don't fit.
+    """
+    names = system.published_names()
+    for given, module, map_, optional in ((tokenizer, system.tokenizer, names[0], TOKENIZER_STATISTICS),
+                                          (generator, Transformer(system), names[1], ())):
+        if given is not None:
+            tensors = given if isinstance(given, dict) else hub.read_tensors(given)
+            where = "state dict" if isinstance(given, dict) else str(given)
+            hub.load_published(module, tensors, map_, where, optional)
+    return system
+
+
+# Models by name
+
+def shipped_folder(name: str) -> Path:
+    """Where a trained model that comes with the package lies. Raises WeightsError where it isn't there."""
+    folder = Path(str(files("nextscale").joinpath("weights").joinpath(name)))
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"the trained model {name!r} is not in this installation (no {folder}); install again")
+    return folder
+
+
+def shipped(name: str) -> ClassConditionalSystem:
+    """A trained model that comes with the package."""
+    return load(shipped_folder(name))
+
+
+def model_config(name: str) -> SystemConfig | None:
+    """The configuration of a model by name or folder, without its weights; None for a model of another package, which
+    tells about itself. Raises InputError on names that are none."""
+    if Path(name).is_dir():
+        return read_config(Path(name))
+    if name not in models():
+        hint = did_you_mean(name, models(), "; `nextscale models` lists them")
+        raise InputError(f"no model or folder {name!r}{hint}")
+    if weights_of(name) == "shipped":
+        return read_config(shipped_folder(name))
+    return import_target(models()[name])(name) if weights_of(name) != "unknown" else None  # type: ignore[operator]
+
+
+def open_model(name: str) -> Any:
+    """The system of a name or folder on the CPU in float32: trained where weights come with it, a small size of this
+    project initialised for training (with the same weights every time), a published size with random weights."""
+    config = model_config(name)
+    if Path(name).is_dir():
+        return load(Path(name))
+    if config is None or weights_of(name) == "shipped":
+        return import_target(models()[name])(name)  # type: ignore[operator]
+    if weights_of(name) == "published":
+        return build_system(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return system_type(config.slug)(config).initialise().eval()
