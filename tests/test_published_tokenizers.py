@@ -90,7 +90,8 @@ def test_infinity_s_tokenizer_gives_the_published_outputs(kind: str) -> None:
     for k, bits in enumerate(found.tokens):
         assert torch.equal(bits, recorded[f"bits.{k}"].bool().reshape(bits.shape))
     close(found.canvas.value, recorded["quantized"].reshape(found.canvas.value.shape), 3e-4)
-    close(tokenizer.decode(found.canvas), recorded["reconstruction"], 1e-3)
+    if kind == "wide":  # the other picture is left out of the repository's copy
+        close(tokenizer.decode(found.canvas), recorded["reconstruction"], 1e-3)
     close(torch.cat([read for read in found.reads if read is not None], 1), recorded["tf_input"], 3e-4)
 
 

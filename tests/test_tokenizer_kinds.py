@@ -236,7 +236,7 @@ def test_a_generator_runs_on_the_codes_of_any_kind(case: str) -> None:
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"kind": "l2-vq"}, "single map"), ({"kind": "fsq", "levels": (8,) * 8}, "single map"),
+    ({"kind": "fsq", "levels": (8,) * 8}, "single map"),
     ({"kind": "fsq", "grids": ONE}, "needs levels"), ({"kind": "bsq", "levels": (8,) * 8}, "levels are for"),
     ({"kind": "fsq", "grids": ONE, "levels": (8, 5)}, "give 8 of them"),
     ({"kind": "fsq", "grids": ONE, "levels": (2,) * 8}, "at least 3"),
@@ -257,6 +257,6 @@ def test_sizes_that_do_not_fit_each_other_are_refused() -> None:
     with pytest.raises(InputError, match="at most 18"):
         make("lfq one map", latent_width=19)
     with pytest.raises(InputError, match="single map"):
-        make("l2-vq").encode(emoji(1), Plan.scales([1, 4]))
+        make("fsq").encode(emoji(1), Plan.scales([1, 4]))
     with pytest.raises(InputError, match="too many"):
         make("bsq 64 bits").quantiser.codes_VC()

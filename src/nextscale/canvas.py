@@ -23,7 +23,8 @@ class Codec(Protocol):
     read_rule: ResizeRule
 
     def contribution(self, step: int, steps: int, codes_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the codes of a step (B, C, h, w) bring to the latent at full size, (B, C, H, W)."""
+        """What the codes of a step (B, C, h, w) bring to the latent: at full size ``grid``, (B, C, H, W), where steps
+        add up; at any size where each replaces the one before."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -34,10 +35,17 @@ class Codec(Protocol):
         """The new latent from the old one and a step's contribution."""
         ...
 
+    def leftover(self, rest: Tensor, contribution: Tensor) -> Tensor:
+        """What later steps have to code, from what this one had and its contribution."""
+        ...
+
 
 @dataclass(frozen=True)
 class Canvas:
-    """A partial latent (B, maps * C, H, W) in float32, with the plan and the codec that give it meaning."""
+    """A partial latent (B, maps * C, H, W) in float32, with the plan and the codec that give it meaning.
+
+    H and W are those of the last grid where steps add up, and of the last step written where steps replace each other.
+    """
 
     value: Tensor
     plan: Plan
@@ -59,7 +67,7 @@ class Canvas:
         pictures = codes_BLC.shape[0]
         maps = codes_BLC.reshape(pictures * at.maps, *at.grid, -1).permute(0, 3, 1, 2)
         out = self.codec.contribution(step, len(self.plan), maps, self.plan.grid)
-        return out.reshape(pictures, -1, *self.plan.grid)
+        return out.reshape(pictures, -1, *out.shape[-2:])
 
     def write(self, step: int, tokens: Tensor) -> Canvas:
         """The canvas after a step's tokens (or code vectors) are written."""
@@ -72,7 +80,7 @@ class Canvas:
     def read(self, step: int) -> Tensor:
         """The un-embedded input of a step: the canvas at that step's grid, (B, L, C), by the codec's rule."""
         at = self.plan.steps[step]
-        maps = self.value.reshape(-1, self.codec.latent_width, *self.plan.grid)
+        maps = self.value.reshape(-1, self.codec.latent_width, *self.value.shape[-2:])
         small = resize(maps, at.grid, self.codec.read_rule)
         return small.flatten(2).transpose(1, 2).reshape(self.value.shape[0], -1, self.codec.latent_width)
 

@@ -111,10 +111,11 @@ class At:
     total: int
     time: float = 0.0
     round: int = 0
+    grid: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(cls, plan: Plan, step: int) -> At:
-        return cls(step, len(plan), plan.starts[step], plan.length)
+        return cls(step, len(plan), plan.starts[step], plan.length, grid=plan.steps[step].grid)
 
     @property
     def progress(self) -> float:

@@ -196,7 +196,7 @@ def jacobi(model: Model, run: Run, guidance: Guidance, window: int, hooks: Seque
         step_BW = at[:, None] + torch.arange(window)
         reads = pyramid.replay(list(tokens[:, :steps].split(1, 1)), run.canvas).reads
         cond, row_BW = run.conditions(), step_BW.clamp_max(steps - 1)
-        x = model.generator.embed(reads, cond, 0, steps)
+        x = model.generator.embed(run.plan, reads, cond, 0, steps)
         x = x.gather(1, row_BW.repeat(branches, 1)[..., None].expand(-1, -1, x.shape[-1]))
         cell_BW3 = run.order[0][row_BW]
         rows = Rows(cell_BW3.repeat(branches, 1, 1), step_BW.repeat(branches, 1), spans=None, keep=None,

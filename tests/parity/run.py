@@ -26,11 +26,15 @@ from nextscale.conditions.class_label import ClassCondition
 from nextscale.context import Hook
 from nextscale.errors import NextscaleError
 from nextscale.noise import Keyed, Recorded
+from nextscale.objectives.teacher_forcing import teacher_forcing_loss
+from nextscale.plan import Plan
 from nextscale.run import At
 from nextscale.sampling.filters import make_filters
 from nextscale.sampling.guidance import make_guidance
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import sample_steps
+from nextscale.systems import flexvar
+from nextscale.systems.flexvar import FlexVAR
 from nextscale.systems.folders import load_published
 from nextscale.systems.var import VAR
 from nextscale.systems.var_published import published_config
@@ -252,7 +256,69 @@ def check_sampling(checks: Checks, system: VAR, recorded: dict[str, Tensor], run
                 checks.close(f"{name}_image", lambda picture=picture: picture)
 
 
-CHECKS = {"var": check_var}
+def check_flexvar(golden: dict, recorded: dict[str, Tensor]) -> int:
+    """Encoder, drafts, inputs, pictures of single drafts, positions, logits and loss, greedy and replayed sampling."""
+    checks, run, made = Checks(golden, recorded), golden["run"], golden["constructor"]
+    torch.manual_seed(0)
+    system = FlexVAR(flexvar.published_config(made["vae"], made["var"])).eval()
+    system.initialise()
+    with torch.no_grad():
+        checks.close("position_init", lambda: system.generator.position[:, :, :6, :5])
+        weights = fill(golden)
+        load_published(system, weights["vae"], weights["var"])
+        plan, image, labels = Plan.scales(run["plan"]), recorded["image"], recorded["labels"].long().view(-1, 1)
+        checks.close("encoder_features", lambda: system.tokenizer.latent(image))
+        found = system.tokenizer.encode(image, plan)
+        steps = range(len(plan))
+        for k in steps:
+            checks.tokens(f"tokens.{k}", found.tokens[k], torch.zeros(found.tokens[k].numel(), dtype=torch.bool))
+        tokens = [recorded[f"tokens.{k}"].long().view(len(image), -1) for k in steps]
+        replayed = pyramid.replay(tokens, Canvas.empty(plan, system.tokenizer.quantiser, len(image)))
+        checks.close("quantised", lambda: replayed.canvas.value)
+        checks.close("var_input", lambda: torch.cat([r for r in replayed.reads if r is not None], 1))
+        for k in steps:
+            codes = system.tokenizer.quantiser.embed(tokens[k]).transpose(1, 2)
+            draft = codes.reshape(len(image), -1, *plan.steps[k].grid)
+            checks.close(f"reconstruction.{k}", lambda draft=draft: system.tokenizer.decoder(
+                system.tokenizer.from_latent(draft)))
+        for side in (4, 5):
+            checks.close(f"position.{side}", lambda side=side: system.generator.positions(
+                Plan.scales([1, side]), 1, 2).transpose(1, 2).reshape(1, -1, side, side))
+        condition = ClassCondition(system.labels, labels)
+        logits = system.head(hidden_states(system, plan, replayed.reads, condition, ("conditional",)))
+        checks.close("teacher_forced_logits", lambda: logits)
+        checks.close("loss", lambda: teacher_forcing_loss(
+            system.generator, system.head, plan, tokens, replayed.reads, system.labels(labels))[0].reshape(
+                recorded["loss"].shape))
+        for kind in ("greedy", "sampled"):
+            replay_flexvar(checks, system, recorded, run[kind], kind, labels)
+    return checks.failed
+
+
+def replay_flexvar(checks: Checks, system: FlexVAR, recorded: dict[str, Tensor], used: dict, kind: str,
+                   labels: Tensor) -> None:
+    """Draw by the recorded uniforms, or greedily; compare tokens and the picture's first 64x64 pixels."""
+    plan = Plan.scales(used["infer_patch_nums"])
+    wanted = [recorded[f"{kind}_tokens.{k}"].long().view(len(labels), -1) for k in range(len(plan))]
+    draws = [recorded[f"{kind}_uniform.{k}"].view(len(labels), -1) for k in range(len(plan))] \
+        if f"{kind}_uniform.0" in recorded else None
+    settings = flexvar.FlexVARSettings(1 + used["cfg"], top_k=used["top_k"] or None, top_p=used["top_p"] or None,
+                                       largest=used["max_pn"])
+    guidance, filters = system.guidance(settings), system.filters(settings)
+    ties = NearTies(wanted, filters, draws)
+    noise = Keyed.from_seeds(range(len(labels))) if draws is None else Recorded(
+        {("token", k, 0): u for k, u in enumerate(draws)})
+    drawn = system.start(labels, guidance, noise, plan)
+    for _ in sample_steps(system, drawn, guidance, filters, [ties]):
+        k = drawn.cursor - 1
+        if not checks.tokens(f"{kind}_tokens.{k}", drawn.tokens[k], ties.found[k]):
+            return
+    latent = drawn.canvas.value
+    checks.close(f"{kind}_image", lambda: system.tokenizer.decoder(
+        system.tokenizer.from_latent(latent))[:, :, :64, :64])
+
+
+CHECKS = {"var": check_var, "flexvar": check_flexvar}
 
 
 def main(arguments: list[str]) -> int:

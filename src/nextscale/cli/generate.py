@@ -65,6 +65,7 @@ def generate(
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
+    schedule: options.Grids = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
 ) -> None:
@@ -80,14 +81,16 @@ def generate(
       nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
     """
     from nextscale.data import pictures_out
-    from nextscale.data.sheets import board
+    from nextscale.data.sheets import board, enlarged
+    from nextscale.plan import parse_grids
 
     kind = pictures_out.out_kind(out)
     pictures_out.check_writable(out, folder=kind == "folder")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
     system = options.open_model(model, precision, device, weights, tokenizer_weights)
+    grids = None if schedule is None else parse_grids(schedule)
     labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
-    frames: list[list[np.ndarray]] = [[] for _ in system.plan]
+    frames: list[list[np.ndarray]] = [[] for _ in system.plan_of(grids)]
 
     def keep_preview(step: int, run: Run) -> None:
         from nextscale.sampling.generation import convert
@@ -102,6 +105,7 @@ def generate(
         batch_size=batch_size,
         output="numpy",
         callback=keep_preview if kind == "animation" else None,
+        schedule=grids,
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
     )
     settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
@@ -114,7 +118,8 @@ def generate(
     elif kind == "animation":
         import numpy as np
 
-        pictures_out.write_animation([np.concatenate(parts) for parts in frames], out, wide, about)
+        previews = [enlarged(np.concatenate(parts), drawn.images.shape[1:3]) for parts in frames]
+        pictures_out.write_animation(previews, out, wide, about)
     else:
         single = [
             options.provenance(model, settings, [name], [number])

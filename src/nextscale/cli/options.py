@@ -45,6 +45,10 @@ Labels = Annotated[
         show_default=False,
     ),
 ]
+Grids = Annotated[
+    str | None,
+    typer.Option("--schedule", help="Other scales, as in 1,2,4,6x8, where the system can.", show_default="the model's"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
 GuidanceScale = Annotated[
     float | None, typer.Option("--guidance-scale", help="Strength of the label; 1 is none.", show_default="the model's")

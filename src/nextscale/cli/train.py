@@ -61,6 +61,10 @@ def generator(
     out: Out,
     recipe: Recipe = "own-64-generator",
     data: Data = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="Which: var, flexvar (`nextscale systems`).", show_default="the recipe's"),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option("--tokenizer", help="Folder of a trained tokenizer, or of a model.", show_default="the recipe's"),
@@ -72,7 +76,7 @@ def generator(
     resume: Resume = False,
     set_: Overrides = None,
 ) -> None:
-    """Train a class-conditional VAR on a tokenizer's codes; OUT/model/ is a model for generate, edit and load.
+    """Train a class-conditional system on a tokenizer's codes; OUT/model/ is a model for generate, edit and load.
 
     \b
     Example:
@@ -84,6 +88,8 @@ def generator(
     from nextscale.training.recipes import read_recipe
 
     changes = _changes(data, set_)
+    if system is not None:
+        changes["system"] = system
     if tokenizer is not None:
         changes["tokenizer"] = tokenizer
     if tokens is not None:

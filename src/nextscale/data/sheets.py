@@ -29,6 +29,15 @@ def board(pixels_NHWC: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
 
 
+def enlarged(pixels_NHWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 pictures (N, H, W, 3) at another height and width, pixels as blocks; those of the size stay as they are."""
+    if pixels_NHWC.shape[1:3] == tuple(size):
+        return pixels_NHWC
+    height, width = size
+    images = [Image.fromarray(one).resize((width, height), Image.Resampling.NEAREST) for one in pixels_NHWC]
+    return np.stack([np.asarray(image) for image in images])
+
+
 def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     """Write a picture under a temporary name beside ``path``, then rename it, so that no half file is ever seen."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -120,20 +120,33 @@ class VARGenerator(nn.Module):
         c = config.width
         self.word = nn.Linear(latent_width, c)
         self.start = nn.Parameter(torch.zeros(1, plan.steps[0].rows, c))
-        self.position = nn.Parameter(torch.zeros(1, plan.length, c))
-        self.level = nn.Embedding(len(plan), c)
+        self.add_positions()
         self.shared_modulation = Modulation(c, c, 6) if config.shared_modulation else None
         drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, drop) for drop in drops)
         self.head_modulation = Modulation(c, c, 2)
 
-    def positions(self, first: int, last: int) -> Tensor:
-        """Learned position and level of the rows of some steps, (1, L, C)."""
-        span = self.plan.span(first, last)
-        return self.position[:, span] + self.level(self.plan.step_of_row[span].to(self.position.device))
+    def add_positions(self) -> None:
+        """Make what tells rows where they are: a learned row a position, and one a level."""
+        self.position = nn.Parameter(torch.zeros(1, self.plan.length, self.config.width))
+        self.level = nn.Embedding(len(self.plan), self.config.width)
 
-    def embed(self, reads: Sequence[Tensor | None], cond_RD: Tensor, first: int, last: int) -> Tensor:
-        """Rows x (R, L, C) of the steps ``first..last`` from their inputs (B, L_k, latent_width).
+    def initialise_positions(self, std: float) -> None:
+        nn.init.trunc_normal_(self.position, std=std)
+
+    def positions(self, plan: Plan, first: int, last: int) -> Tensor:
+        """Learned position and level of the rows of some steps, (1, L, C)."""
+        span = plan.span(first, last)
+        return self.position[:, span] + self.level(plan.step_of_row[span].to(self.position.device))
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raises InputError for a plan that the positions are not for."""
+        if plan.steps != self.plan.steps:
+            raise InputError(f"{self.name}: the model's positions are learned for the schedule "
+                             f"{[s.grid for s in self.plan]}, the run has {[s.grid for s in plan]}")
+
+    def embed(self, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Tensor, first: int, last: int) -> Tensor:
+        """Rows x (R, L, C) of the steps ``first..last`` of a plan from their inputs (B, L_k, latent_width).
 
         The first step's rows are the condition plus a learned start; others embed their input.
         """
@@ -144,19 +157,17 @@ class VARGenerator(nn.Module):
         parts = [self.word(r.to(dtype)).repeat(copies, 1, 1) for r in known]
         if first == 0:
             parts.insert(0, cond_RD[:, None] + self.start.to(dtype))
-        return torch.cat(parts, 1) + self.positions(first, last).to(dtype)
+        return torch.cat(parts, 1) + self.positions(plan, first, last).to(dtype)
 
     def call(self, run: Run) -> Call:
         """The call for the run's next step: all steps that memory lacks, up to the cursor, whose rows predict."""
-        if run.plan.steps != self.plan.steps:
-            raise InputError(f"{self.name}: the model's positions are learned for the schedule "
-                             f"{[s.grid for s in self.plan]}, the run has {[s.grid for s in run.plan]}")
+        self.check_plan(run.plan)
         first, last = run.filled, run.cursor + 1
         cond = run.memory.constant("condition", lambda: run.conditions().to(self.word.weight.dtype))
         rows = run.rows(first, last, cond=cond)
         raw = None if run.reads[run.cursor] is None else run.reads[run.cursor]
         predicts = slice(len(rows) - run.plan.steps[run.cursor].rows, len(rows))
-        return Call(self.embed(run.reads, cond, first, last), rows, predicts, raw)
+        return Call(self.embed(run.plan, run.reads, cond, first, last), rows, predicts, raw)
 
     def forward(self, call: Call, ctx: Context) -> Tensor:
         """Hidden states (R, L, C) of all rows, normalised and modulated for the head."""
@@ -199,8 +210,8 @@ def initialise(generator: VARGenerator, head: nn.Linear, table: nn.Module, gate:
                 bias = getattr(module, "bias", None)
                 if bias is not None:
                     nn.init.zeros_(bias)
-    for parameter in (generator.start, generator.position):
-        nn.init.trunc_normal_(parameter, std=std)
+    nn.init.trunc_normal_(generator.start, std=std)
+    generator.initialise_positions(std)
     head.weight.mul_(head_scale)
     generator.head_modulation.weight.mul_(scale)
     if generator.shared_modulation is not None:

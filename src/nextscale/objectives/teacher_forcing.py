@@ -21,7 +21,7 @@ def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | No
     cell_1L3, step_1L = _places(plan, cond_RD.device)
     cond = cond_RD.to(generator.word.weight.dtype)
     rows = Rows(cell_1L3, step_1L, plan.spans(0, len(plan)), plan.length, plan.visible, masked=len(plan) > 1, cond=cond)
-    return Call(generator.embed(reads, cond, 0, len(plan)), rows, slice(0, plan.length))
+    return Call(generator.embed(plan, reads, cond, 0, len(plan)), rows, slice(0, plan.length))
 
 
 @lru_cache(maxsize=64)

@@ -59,8 +59,12 @@ class ClassifierFree:
             raise InputError(f"guidance_schedule {self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}")
 
     def __call__(self, outputs: dict[str, Tensor], at: At) -> Tensor:
-        t = (self.scale - 1) * SCHEDULES[self.schedule](at)
+        t = (self.scale - 1) * self.share(at)
         return (1 + t) * outputs["conditional"] - t * outputs["unconditional"]
+
+    def share(self, at: At) -> float:
+        """The schedule: share of the scale at a step."""
+        return SCHEDULES[self.schedule](at)
 
 
 @dataclass(frozen=True)

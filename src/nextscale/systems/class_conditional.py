@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.context import Hook
 from nextscale.errors import InputError, did_you_mean
+from nextscale.heads.categorical import Filter
 from nextscale.hub import NameMap
 from nextscale.noise import Keyed, Noise
 from nextscale.objectives.teacher_forcing import teacher_forcing_loss
@@ -42,6 +43,7 @@ from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 
+Schedule = Sequence[tuple[int, int]]  # grids (h, w), coarse to fine
 Label = Any  # an index, a name, None for no class, or a tuple with one of these for every kind of label
 
 
@@ -98,6 +100,28 @@ class ClassConditionalSystem(nn.Module):
         """Maps from the published tensor names to this library's: of the tokenizer's file and of the network's."""
         raise InputError(f"no published weights of {self.config.slug} are known")
 
+    def published_tensors(self, part: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Published tensors of a part, ``tokenizer`` or ``generator``, in the shapes that are held here."""
+        return tensors
+
+    def guidance(self, used: Settings) -> Guidance:
+        """Guidance by the settings."""
+        return make_guidance(used.guidance_scale, used.guidance_schedule)
+
+    def filters(self, used: Settings) -> tuple[Filter, ...]:
+        """Filters by the settings, in the order in which they act."""
+        return tuple(make_filters(used.temperature, used.top_k, used.top_p))
+
+    def plan_of(self, schedule: Schedule | None) -> Plan:
+        """The plan of a generation: the model's own, or that of other grids where the system can follow one.
+
+        Raises InputError where it can't.
+        """
+        if schedule is None or schedule == [step.grid for step in self.plan]:
+            return self.plan
+        raise InputError(f"{type(self).__name__} draws by the schedule it was trained with, "
+                         f"{[step.grid for step in self.plan]}; leave the schedule out")
+
     def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """The matrix products of a training pass over the first ``steps`` steps: (n, k, m, how many, batch, share of
         the arithmetic that the visibility asks for). None are told by default."""
@@ -126,18 +150,19 @@ class ClassConditionalSystem(nn.Module):
     # Pictures and tokens
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> list[Tensor]:
-        """Tokens of every scale, (B, h * w) each, of pictures (B, 3, S, S) in [-1, 1]."""
-        return self.tokenizer.encode(pictures.to(self.device)).tokens
+    def encode(self, pictures: Tensor, schedule: Schedule | None = None) -> list[Tensor]:
+        """Tokens of every scale, (B, h * w) each, of pictures (B, 3, S, S) in [-1, 1]. schedule: as ``generate``'s."""
+        return self.tokenizer.encode(pictures.to(self.device), self.plan_of(schedule)).tokens
 
     @torch.no_grad()
-    def decode(self, tokens: Sequence[Tensor]) -> Tensor:
+    def decode(self, tokens: Sequence[Tensor], schedule: Schedule | None = None) -> Tensor:
         """Pictures (B, 3, S, S) in [-1, 1] of tokens; fewer scales give a coarse preview."""
-        return self.tokenizer.decode_tokens(self._checked(tokens, partly=True))
+        plan = self.plan_of(schedule)
+        return self.tokenizer.decode_tokens(self._checked(tokens, plan, partly=True), plan)
 
-    def _checked(self, tokens: Sequence[Tensor], partly: bool = False) -> list[Tensor]:
+    def _checked(self, tokens: Sequence[Tensor], plan: Plan, partly: bool = False) -> list[Tensor]:
         """Tokens of every scale (``partly``: of the first scales), or an InputError that says what doesn't fit."""
-        grids, vocabulary = [step.grid for step in self.plan], self.config.tokenizer.vocabulary
+        grids, vocabulary = [step.grid for step in plan], self.config.tokenizer.vocabulary
         if len(tokens) > len(grids) or (len(tokens) < len(grids) and not (partly and tokens)):
             raise InputError(f"tokens: {len(tokens)} scales were given, the model has {len(grids)}")
         for k, (found, (h, w)) in enumerate(zip(tokens, grids, strict=False)):
@@ -186,18 +211,18 @@ class ClassConditionalSystem(nn.Module):
 
     # Sampling
 
-    def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise) -> Run:
-        """A run at its first step."""
+    def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise, plan: Plan | None = None) -> Run:
+        """A run at its first step, by the model's plan or another that the system can follow."""
         condition = ClassCondition(self.labels, labels_Bn)
-        return Run.start(self.plan, self.tokenizer.quantiser, condition, guidance.branches, noise, len(labels_Bn),
-                         self.device)
+        return Run.start(plan or self.plan, self.tokenizer.quantiser, condition, guidance.branches, noise,
+                         len(labels_Bn), self.device)
 
     @torch.no_grad()
     def generate(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
                  seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
                  hooks: Sequence[Hook] = (), callback: Callable[[int, Run], bool | None] | None = None,
                  batch_size: int = 16, progress: bool | None = None, output: OutputKind = "pil",
-                 **settings: Any) -> Generation:
+                 schedule: Schedule | None = None, **settings: Any) -> Generation:
         """Draw pictures.
 
         labels: one label for ``count`` pictures, or one a picture: class index, name, None, or a tuple where the model
@@ -205,19 +230,21 @@ class ClassConditionalSystem(nn.Module):
         purpose: which published settings to start from, ``settings`` (see ``Settings``) change them. guidance: an
         object of your own instead of the settings'. hooks: see ``nextscale.context.Hook``. callback: called with
         (step, run) after every step; True stops. progress: None shows it on terminals. output: pil, numpy, torch.
+        schedule: other grids than the trained ones, where the system can follow them (see ``plan_of``).
 
         Raises InputError on unknown labels, settings or counts that don't match.
         """
         check_output(output)
         rows = self.label_rows(labels, count)
         used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
+        plan = self.plan_of(schedule)
         began, parts, stopped = time.perf_counter(), [], False
         pieces = list(chunks(len(rows), batch_size))
-        with Progress(len(pieces) * len(self.plan), "drawing", progress) as bar:
+        with Progress(len(pieces) * len(plan), "drawing", progress) as bar:
             for piece in pieces:
                 run = None
                 for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
-                                       guidance, hooks):
+                                       guidance, hooks, plan):
                     bar.advance()
                     if callback is not None and callback(run.cursor - 1, run):
                         stopped = True
@@ -236,14 +263,16 @@ class ClassConditionalSystem(nn.Module):
     @torch.no_grad()
     def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
                seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
-               hooks: Sequence[Hook] = (), output: OutputKind = "pil", **settings: Any) -> Iterator[Preview]:
+               hooks: Sequence[Hook] = (), output: OutputKind = "pil", schedule: Schedule | None = None,
+               **settings: Any) -> Iterator[Preview]:
         """The same step by step, all pictures in one batch: a preview after every step, the last is the picture."""
         check_output(output)
         rows = self.label_rows(labels, count)
         used = self.settings_for(purpose, settings)
         noise = Keyed.from_seeds(picture_seeds(len(rows), seed, seeds), self.device)
-        for run in self._steps(rows, noise, used, guidance, hooks):
-            yield Preview(run.cursor - 1, len(self.plan), convert(self.tokenizer.decode(run.canvas), output), run)
+        plan = self.plan_of(schedule)
+        for run in self._steps(rows, noise, used, guidance, hooks, plan):
+            yield Preview(run.cursor - 1, len(plan), convert(self.tokenizer.decode(run.canvas), output), run)
 
     def settings_for(self, purpose: str, changes: dict[str, Any]) -> Settings:
         """Published settings for a purpose, with changes."""
@@ -253,15 +282,15 @@ class ClassConditionalSystem(nn.Module):
         return self.config.settings[purpose].changed(changes)
 
     def _steps(self, rows: Tensor, noise: Noise, used: Settings, guidance: Guidance | None,
-               hooks: Sequence[Hook]) -> Iterator[Run]:
-        guidance = guidance or make_guidance(used.guidance_scale, used.guidance_schedule)
-        filters = make_filters(used.temperature, used.top_k, used.top_p)
+               hooks: Sequence[Hook], plan: Plan) -> Iterator[Run]:
+        guidance = guidance or self.guidance(used)
         soft = smooth_codes(self.tokenizer.quantiser.codes_VC()) if used.smooth else None
         with ExitStack() as stack:
             if self.training:
                 self.eval()
                 stack.callback(self.train)
-            yield from sample_steps(self, self.start(rows, guidance, noise), guidance, filters, hooks, soft)
+            yield from sample_steps(self, self.start(rows, guidance, noise, plan), guidance, self.filters(used), hooks,
+                                    soft)
 
     def label_names(self, row: Tensor) -> Any:
         """What a row of label indices is called: a name or index, a tuple for several kinds, None for no class."""
@@ -276,7 +305,7 @@ class ClassConditionalSystem(nn.Module):
     @torch.no_grad()
     def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
              seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
-             progress: bool | None = None, **settings: Any) -> Generation:
+             progress: bool | None = None, schedule: Schedule | None = None, **settings: Any) -> Generation:
         """Redraw a region without training: in- and outpainting, or another class inside a region.
 
         pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. Tokens of untouched cells
@@ -288,27 +317,31 @@ class ClassConditionalSystem(nn.Module):
             raise InputError(f"picture: this model edits {h}x{w} pixels, got {tuple(pictures.shape[2:])}; resize it")
         if tuple(redraw.shape) != (len(pictures), h, w):
             raise InputError(f"mask: its shape {tuple(redraw.shape)} must be {(len(pictures), h, w)}, as the picture's")
-        keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), self.plan.grid), self.plan)
-        forced = editing.ForcedTokens(self.encode(pictures), keep)
+        plan = self.plan_of(schedule)
+        keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), plan.grid), plan)
+        forced = editing.ForcedTokens(self.encode(pictures, schedule), keep)
         return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[forced],
-                             batch_size=len(pictures), progress=progress, output=output, **settings)
+                             batch_size=len(pictures), progress=progress, output=output, schedule=schedule, **settings)
 
     # Likelihood and training
 
     def log_prob(self, pictures_or_tokens: Tensor | Sequence[Tensor], labels: Sequence[Label] | Label = None,
-                 guidance: Guidance | None = None, filters: Sequence[Any] = ()) -> LogProb:
+                 guidance: Guidance | None = None, filters: Sequence[Any] = (),
+                 schedule: Schedule | None = None) -> LogProb:
         """Log-probability of pictures (B, 3, S, S) or of their tokens: a token, a step and a picture, in nats.
 
-        guidance and filters: score under a sampler's distribution instead of the model's own.
+        guidance and filters: score under a sampler's distribution instead of the model's own. schedule: as
+        ``generate``'s.
         """
-        tokens = (self.encode(pictures_or_tokens) if isinstance(pictures_or_tokens, Tensor)
-                  else self._checked(pictures_or_tokens))
+        plan = self.plan_of(schedule)
+        tokens = (self.encode(pictures_or_tokens, schedule) if isinstance(pictures_or_tokens, Tensor)
+                  else self._checked(pictures_or_tokens, plan))
         guidance = guidance or make_guidance(1.0)
         condition = ClassCondition(self.labels, self.label_rows(labels, len(tokens[0])))
         with torch.no_grad():
-            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
+            canvas = Canvas.empty(plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
             reads = pyramid.replay(tokens, canvas).reads
-            return score(self, self.plan, tokens, reads, condition, guidance, guidance.branches, filters)
+            return score(self, plan, tokens, reads, condition, guidance, guidance.branches, filters)
 
     def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,

@@ -78,7 +78,8 @@ def load_published(system: ClassConditionalSystem, tokenizer: Any = None,
         if given is not None:
             tensors = given if isinstance(given, dict) else hub.read_tensors(given)
             where = "state dict" if isinstance(given, dict) else str(given)
-            hub.load_published(module, tensors, map_, where, optional)
+            part = "tokenizer" if module is system.tokenizer else "generator"
+            hub.load_published(module, system.published_tensors(part, tensors), map_, where, optional)
     return system
 
 

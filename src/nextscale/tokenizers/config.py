@@ -26,7 +26,8 @@ class TokenizerConfig:
     kind: the quantiser.
 
     - ``vq``: VAR's residual pyramid over one codebook, each scale passed through a convolution phi.
-    - ``l2-vq``: LlamaGen's single map of length-normalised codes.
+    - ``l2-vq``: length-normalised codes, in LlamaGen's single map or FlexVAR's schedule of whole drafts, each of which
+      replaces the one before.
     - ``bsq``: binary spherical quantisation, the signs of a unit vector (Infinity), over one map or a pyramid.
     - ``lfq``: lookup-free quantisation, the signs of the vector itself (MAGVIT-v2), over one map or a pyramid.
     - ``fsq``: finite scalar quantisation, every channel rounded to one of its ``levels``, over a single map.
@@ -58,11 +59,9 @@ class TokenizerConfig:
     tokens: Literal["index", "bits"] = "index"
 
     def __post_init__(self) -> None:
-        if self.kind in ("l2-vq", "fsq") and len(self.grids) != 1:
-            why = ("its codes all have length 1" if self.kind == "l2-vq"
-                   else "a rounded tanh doesn't say how much of the latent is left over")
-            raise InputError(f"kind {self.kind!r} codes a single map ({why}), but grids has {len(self.grids)} scales; "
-                             "give the last one alone, or use vq, bsq or lfq")
+        if self.kind == "fsq" and len(self.grids) != 1:
+            raise InputError("kind 'fsq' codes a single map (a rounded tanh doesn't say how much of the latent is left "
+                             f"over), but grids has {len(self.grids)} scales; give the last one alone, or use another")
         if not 0 <= self.codebook_decay < 1:
             raise InputError(f"codebook_decay is {self.codebook_decay}; it must be at least 0 and below 1")
         if self.codebook_update == "ema" and self.kind != "vq":

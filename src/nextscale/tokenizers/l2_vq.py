@@ -1,4 +1,8 @@
-"""LlamaGen's quantiser: one map of codes of length 1 (arXiv 2406.06525, section 2.1; ViT-VQGAN, arXiv 2110.04627).
+"""LlamaGen's quantiser: maps of codes of length 1 (arXiv 2406.06525, section 2.1; ViT-VQGAN, arXiv 2110.04627).
+
+LlamaGen codes one map. FlexVAR (arXiv 2502.20313) codes a whole draft at every scale with the same codebook: the latent
+itself, resized by area; drafts replace each other instead of adding up, and the next step's input is the last draft's
+codes, resized bicubically.
 
 Own code, because ``vector_quantize_pytorch.VectorQuantize`` moves a cosine codebook by moving averages only and
 refuses a learned one with ``use_cosine_sim``, while LlamaGen trains its codebook by gradients and normalises at use.
@@ -22,6 +26,8 @@ class L2Quantiser(CodebookQuantiser):
     index = argmin_i |z/|z| - e_i/|e_i||^2, and the code is e_i/|e_i|.
     """
 
+    read_rule = "bicubic"
+
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         with torch.no_grad():
@@ -35,6 +41,12 @@ class L2Quantiser(CodebookQuantiser):
     def embed(self, tokens: Tensor) -> Tensor:
         return tokens.float() if tokens.is_floating_point() else F.normalize(
             self.codebook.weight[tokens].float(), dim=-1)
+
+    def accumulate(self, value: Tensor, contribution: Tensor) -> Tensor:
+        return contribution
+
+    def leftover(self, rest: Tensor, contribution: Tensor) -> Tensor:
+        return rest
 
     def quantise(self, z_BCHW: Tensor) -> Tensor:
         with torch.autocast(z_BCHW.device.type, enabled=False), torch.no_grad():

@@ -1,7 +1,8 @@
 """The pyramid loop: a latent is taken apart scale after scale, each scale coding what the scales before left over.
 
-One loop serves every residual pyramid: vector quantisation, bitwise codes, frequency bands, and the objectives that
-corrupt what is written and let the later scales code the correction.
+One loop serves every pyramid: vector quantisation, bitwise codes, frequency bands, whole drafts that replace each
+other, and the objectives that corrupt what is written and let the later scales code the correction. What is left over
+is the codec's rule.
 """
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def encode(latent_BCHW: Tensor, canvas: Canvas, quantise: Callable[[int, Tensor]
            each: Callable[[int, Tensor, Canvas], None] | None = None) -> Pyramid:
     """Residual encoding (VAR, arXiv 2404.02905, algorithm 1).
 
-    For every step k: z = area-resize(rest), r_k = quantise(k, z), rest -= contribution(r_k), canvas += the same.
+    For every step k: z = area-resize(rest), r_k = quantise(k, z), rest -= contribution(r_k), canvas += the same (or as
+    the codec has it).
 
     latent_BCHW: (B, maps * C, H, W); quantise: (k, z of (B, C, h, w)) -> tokens (B, h * w) or codes (B, h * w, C);
     corrupt: (k, tokens) -> the tokens that are written instead, so that later scales code against the corrupted
@@ -43,8 +45,7 @@ def encode(latent_BCHW: Tensor, canvas: Canvas, quantise: Callable[[int, Tensor]
         tokens.append(found)
         written = found if corrupt is None else corrupt(k, found)
         contribution = canvas.contribution(k, written)
-        # What is left is data for the scales behind, not a path for gradients (published code of VAR and Infinity).
-        rest = rest - contribution.detach()
+        rest = canvas.codec.leftover(rest, contribution)
         canvas = canvas.after(contribution)
         if each is not None:
             each(k, z, canvas)

@@ -82,6 +82,10 @@ class Quantiser(nn.Module):
     def accumulate(self, value: Tensor, contribution: Tensor) -> Tensor:
         return value + contribution
 
+    def leftover(self, rest: Tensor, contribution: Tensor) -> Tensor:
+        # Data for the scales behind, not a path for gradients (published code of VAR and Infinity).
+        return rest - contribution.detach()
+
     # Encoding
 
     def quantise(self, z_BCHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nextscale.canvas import Canvas
 from nextscale.errors import InputError
+from nextscale.layers.resize import resize
 from nextscale.plan import Plan
 from nextscale.registry import import_target
 from nextscale.tokenizers import pyramid
@@ -133,7 +134,21 @@ class Tokenizer(nn.Module):
         return TrainingOutput(self.decoder(self.from_latent(found.canvas.value)), found.tokens, none, none, none,
                               picture.new_zeros(0, width))
 
-    def _check(self, picture: Tensor, plan: Plan) -> None:
+    def draft(self, picture: Tensor, step: int, entropy: bool = True) -> TrainingOutput:
+        """Training pass of one scale alone, where scales replace each other: the latent resized to its grid, coded and
+        decoded to a picture of its own size (B, 3, factor h, factor w)."""
+        latent = self.latent(self.whole_cells(picture))
+        plan = Plan((self.plan.steps[step],), self.plan.visible)
+        small = resize(latent, plan.grid, "area")
+        canvas = Canvas.empty(plan, self.quantiser, len(picture), latent.device)
+        found = self.quantiser.train_pass(small, canvas, entropy)
+        if self.training:
+            self.quantiser.record_usage(step, found.tokens[0], self.config.codebook_decay)
+        return TrainingOutput(self.decoder(self.from_latent(found.latent_BCHW)), found.tokens, found.commitment_loss,
+                              found.codebook_loss, found.entropy_loss, found.vectors_NC)
+
+    def whole_cells(self, picture: Tensor) -> Tensor:
+        """The pictures (B, 3, S, S'), whose sides must be multiples of the factor. Raises InputError for others."""
         factor = self.config.autoencoder.factor
         if picture.ndim != 4 or picture.shape[1] != 3:
             raise InputError(f"picture: expected a batch (B, 3, height, width), got shape {tuple(picture.shape)}")
@@ -141,9 +156,14 @@ class Tokenizer(nn.Module):
         if h % factor or w % factor:
             raise InputError(f"picture: {h}x{w} pixels are not a multiple of the tokenizer's factor {factor}; "
                              f"resize to {h // factor * factor or factor}x{w // factor * factor or factor}")
+        return picture
+
+    def _check(self, picture: Tensor, plan: Plan) -> None:
+        factor = self.config.autoencoder.factor
+        h, w = self.whole_cells(picture).shape[-2:]
         if plan.grid != (h // factor, w // factor):
             raise InputError(f"schedule: its last scale is {plan.grid[0]}x{plan.grid[1]} but a picture of {h}x{w} "
                              f"pixels has a latent of {h // factor}x{w // factor}; end the schedule there or resize "
                              "the picture")
-        if len(plan) > 1 and self.config.kind in ("l2-vq", "fsq"):
+        if len(plan) > 1 and self.config.kind == "fsq":
             raise InputError(f"schedule: kind {self.config.kind!r} codes a single map, not {len(plan)} scales")

@@ -124,7 +124,7 @@ class GeneratorTask:
 
     def after_step(self, at: TrainingStep) -> Metrics:
         used = None if self._utilisation is None else self._utilisation.step()
-        return {} if used is None else {"flop_utilisation": used}
+        return {"flop_utilisation": used} if used else {}
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         """A sheet of samples from the averaged weights, and the loss on held-out pictures."""

@@ -12,7 +12,6 @@ from nextscale import parallel
 from nextscale.configuration import build
 from nextscale.devices import choose_device
 from nextscale.errors import InputError
-from nextscale.sampling.generation import Settings
 from nextscale.systems import folders
 from nextscale.systems.class_conditional import SystemConfig
 from nextscale.tokenizers.config import TokenizerConfig
@@ -47,7 +46,7 @@ class GeneratorTraining:
     prefix: Prefix = field(default_factory=Prefix)
     checkpointing: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
-    settings: Settings = field(default_factory=Settings)
+    settings: dict[str, Any] = field(default_factory=dict)
     threads: int = 0
 
 
@@ -83,8 +82,9 @@ def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
     """The configuration of the system that a recipe trains. Raises InputError on wrong keys and values."""
     kind = folders.system_type(wanted.system).config_type
     network = build(type(kind().generator), wanted.generator, "recipe.generator")
+    settings = build(type(kind().settings["pictures"]), wanted.settings, "recipe.settings")
     return kind(tokenizer, network, tuple(len(kind) for kind in names), names,
-                {"pictures": wanted.settings, "fid": wanted.settings})
+                {"pictures": settings, "fid": settings})
 
 
 def _sheet_labels(config: SystemConfig, count: int = 64) -> list[tuple[int, ...]]:

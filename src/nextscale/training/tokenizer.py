@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
+from nextscale.layers.resize import resize
 from nextscale.objectives.reconstruction import (
     SSIM_SIDE,
     ReconstructionWeights,
@@ -36,6 +37,9 @@ class TokenizerRecipe:
     revive_every: steps between revivals of dead codes (0 for never); revive_below: a code is dead when it is hit less
     than this share of the mean; revive_until: share of the training after which codes are left alone. Kinds without a
     codebook have nothing to revive. discriminator_width: channels of the patch discriminator's first layer.
+    drafts: where scales replace each other (a schedule of ``l2-vq``), how many of the coarser ones, drawn at random,
+    are coded, decoded and compared with the picture at their own size beside the last (FlexVAR, arXiv 2502.20313,
+    section 3.2); every one counts in the loss as much as the last.
     """
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -44,6 +48,7 @@ class TokenizerRecipe:
     revive_below: float = 0.03
     revive_until: float = 0.8
     discriminator_width: int = 64
+    drafts: int = 1
 
 
 class TokenizerTask:
@@ -99,6 +104,10 @@ class TokenizerTask:
                   else self.tokenizer(picture, wants_entropy, plan))
         self._residuals_NC = output.residuals_NC
         loss, terms = reconstruction_loss(picture, output, weights, self.perceptual, self.recipe.model.kind)
+        drafts = self._drafts(picture, wants_entropy)
+        if drafts:
+            loss = (loss + torch.stack(drafts).sum()) / (1 + len(drafts))
+            terms["drafts"] = torch.stack(drafts).detach().mean()
         weight: float | Tensor = adversarial_weight(weights, at.progress)
         if weight:
             adversarial = -self.discriminator(output.reconstruction).mean()
@@ -108,6 +117,21 @@ class TokenizerTask:
             terms["adversarial"] = adversarial.detach()
         self._pair = (picture, output.reconstruction.detach()) if "discriminator" in self.phases else None
         return loss, terms
+
+    def _drafts(self, picture: Tensor, wants_entropy: bool) -> list[Tensor]:
+        """The losses of some coarser scales, each against the picture at its size."""
+        grids, config = self.recipe.model.grids, self.recipe.model
+        if config.kind != "l2-vq" or len(grids) == 1 or self.codes_stay or picture.shape[-2:] != (
+                self.tokenizer.picture_size):
+            return []
+        found = []
+        for step in torch.randperm(len(grids) - 1)[:self.recipe.drafts].tolist():
+            output = self.tokenizer.draft(picture, step, wants_entropy)
+            height, width = output.reconstruction.shape[-2:]
+            small = resize(picture, (height, width), "area")
+            loss, _ = reconstruction_loss(small, output, self.recipe.weights, self.perceptual, config.kind)
+            found.append(loss)
+        return found
 
     def _discriminator_loss(self, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         if self._pair is None or not adversarial_weight(self.recipe.weights, at.progress):
