@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import emoji, fill
+from tiny import emoji, fill, labels
 
 import nextscale
 from nextscale.cli import main
@@ -30,6 +30,7 @@ from nextscale.systems.flexvar import (
 from nextscale.systems.flexvar import published_config as flexvar_config
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.training.generator import GeneratorTask
 from nextscale.training.task import TrainingStep
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
 
@@ -249,3 +250,17 @@ def test_the_command_line_trains_it_and_draws_by_another_schedule(tmp_path: Path
     assert main.run([*draw, "--schedule", "1,2,3x4", "--out", "a.gif"]) == 0
     assert main.run([*draw, "--schedule", "1,99", "--out", "b.png"]) == 2
     assert not (tmp_path / "b.png").exists()
+
+
+def test_only_the_scales_of_a_step_s_schedule_are_told() -> None:
+    system = tiny((1, 2, 3, 4, 5, 6))
+    system.generator.train()
+    task = GeneratorTask(system)
+    batch = {"tokens": torch.cat(system.encode(emoji(4, 24)), 1), "labels": labels(4)}
+    told = []
+    for step in range(12):
+        torch.manual_seed(step)
+        loss, metrics = task.loss("main", batch, TrainingStep(step, 12, 0.0, 0, 0))
+        told.append({name for name in metrics if name.startswith("nats_")})
+        assert loss is not None and all(bool(torch.as_tensor(value).isfinite()) for value in metrics.values())
+    assert len(set(map(frozenset, told))) > 2 and all({"nats_0", "nats_1"} <= names for names in told)

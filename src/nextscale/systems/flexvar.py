@@ -173,7 +173,7 @@ class FlexVAR(ClassConditionalSystem):
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forcing cross-entropy. While training, of a random schedule among the given grids (``draw_steps``,
-        with torch's generator); the steps left out count as 0 in the values by step."""
+        with torch's generator); the values of steps left out are NaN."""
         chosen = list(range(len(tokens)))
         if self.generator.training:
             chosen = draw_steps([step.grid for step in self.plan][:len(tokens)],
@@ -188,7 +188,8 @@ class FlexVAR(ClassConditionalSystem):
         loss, by_step, right = teacher_forcing_loss(self.generator, self.head, plan, kept, reads, cond, weights,
                                                     label_smoothing)
         index = torch.tensor(chosen, device=by_step.device)
-        spread = by_step.new_zeros(2, len(tokens)).index_copy_(1, index, torch.stack([by_step, right.to(by_step)]))
+        found = torch.stack([by_step, right.to(by_step)])
+        spread = by_step.new_full((2, len(tokens)), torch.nan).index_copy_(1, index, found)
         return loss, spread[0], spread[1]
 
     # Published weights

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -86,12 +86,13 @@ class GeneratorTask:
         weights[-1] *= newest
         loss, by_step_K, right_K = self.system.loss(tokens, batch["labels"], self.label_dropout, self.part_dropout,
                                                     weights, self.label_smoothing)
-        metrics = {**_by_scale("nats", by_step_K), **_by_scale("accuracy", right_K),
+        trained = [k for k, value in enumerate(by_step_K.tolist()) if not math.isnan(value)]
+        metrics = {**_by_scale("nats", by_step_K, trained), **_by_scale("accuracy", right_K, trained),
                    "accuracy": self._over_rows(right_K)}
-        if scales == len(self.system.plan):
+        if len(trained) == len(self.system.plan):
             metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K)
         else:
-            metrics["scales"] = float(scales)
+            metrics["scales"] = float(len(trained))
         return loss, metrics
 
     def _begin(self) -> None:
@@ -110,9 +111,9 @@ class GeneratorTask:
                                                                self.system.products(pictures, scales)])
 
     def _over_rows(self, value_K: Tensor) -> Tensor:
-        """The mean over rows from means over each scale's rows."""
-        rows_K = self._rows_K(value_K)[:len(value_K)]
-        return (value_K * rows_K).sum() / rows_K.sum()
+        """The mean over rows from means over each scale's rows; scales that are NaN don't count."""
+        rows_K = self._rows_K(value_K)[:len(value_K)] * ~value_K.isnan()
+        return (value_K.nan_to_num() * rows_K).sum() / rows_K.sum()
 
     def _bits_per_dimension(self, by_step_K: Tensor) -> Tensor:
         """Bits a colour value that coding the picture's tokens with this model would take."""
@@ -160,8 +161,9 @@ class GeneratorTask:
             nats_K += by_step_K.cpu() * share
             right_K += guessed_K.cpu() * share
         found = {"nats_per_token": self._over_rows(nats_K), "accuracy": self._over_rows(right_K),
-                 "bits_per_dimension": self._bits_per_dimension(nats_K), **_by_scale("nats", nats_K),
-                 **_by_scale("accuracy", right_K)}
+                 "bits_per_dimension": self._bits_per_dimension(nats_K),
+                 **_by_scale("nats", nats_K, range(len(nats_K))),
+                 **_by_scale("accuracy", right_K, range(len(right_K)))}
         return {f"held_out/{name}": float(value) for name, value in found.items()}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
@@ -171,5 +173,5 @@ class GeneratorTask:
         return None
 
 
-def _by_scale(name: str, value_K: Tensor) -> dict[str, Tensor | float]:
-    return {f"{name}_{k}": value for k, value in enumerate(value_K)}
+def _by_scale(name: str, value_K: Tensor, scales: Iterable[int]) -> dict[str, Tensor | float]:
+    return {f"{name}_{k}": value_K[k] for k in scales}
