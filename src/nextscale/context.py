@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nextscale.errors import InputError
@@ -120,6 +121,16 @@ class Context:
         if self.memory is None:
             if k is None or v is None:
                 raise InputError(f"attention at {address}: a pass without memory has no keys to read back")
+            if rows.visible.previous == 0 and rows.masked and rows.spans is not None and krows is rows:
+                # Rows see their own step alone: step by step there is nothing to hide, and far less to compute.
+                return torch.cat([attention(q[:, :, s.lo:s.hi], k[:, :, s.lo:s.hi], v[:, :, s.lo:s.hi], None, scale)
+                                  for s in rows.spans], 2)
+            return attention(q, k, v, self._mask(rows, krows.tags, address), scale)
+        fleeting = krows.keep == 0 and address not in self.memory.groups and not self._attends
+        if k is not None and v is not None and fleeting:
+            # Rows of which none stays, where nothing is held and no hook looks: they need no room in memory.
+            if self.check:
+                self._check(rows, krows.tags, address)
             return attention(q, k, v, self._mask(rows, krows.tags, address), scale)
         if k is None or v is None:
             if address not in self.memory.groups:

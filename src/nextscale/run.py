@@ -4,7 +4,7 @@ Letters: B pictures, R = branches x pictures (branch-major), L rows of a call, C
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -89,12 +89,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation of the network: embedded rows x (R, L, C), their tags, which of them predict, the raw inputs."""
+    """One evaluation of the network: embedded rows x (R, L, C), their tags, which of them predict, the raw inputs.
+
+    again: where a step is predicted in several rounds, what makes the call of a later one (its arguments are the
+    generator's); round: which round this is, 0 for the first.
+    """
 
     x: Tensor
     rows: Rows
     predicts: slice
     raw: Tensor | None = None
+    again: Callable[..., Call] | None = None
+    round: int = 0
 
 
 @dataclass(frozen=True)

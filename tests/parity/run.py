@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,19 +24,22 @@ from torch import Tensor
 
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition
-from nextscale.context import Hook
+from nextscale.context import Context, Hook
 from nextscale.errors import NextscaleError
+from nextscale.heads.masked_rounds import InRounds
+from nextscale.layers.resize import resize
 from nextscale.noise import Keyed, Recorded
-from nextscale.objectives.teacher_forcing import teacher_forcing_loss
+from nextscale.objectives.teacher_forcing import teacher_forcing_call, teacher_forcing_loss
 from nextscale.plan import Plan
-from nextscale.run import At
+from nextscale.run import At, Call, Sample
 from nextscale.sampling.filters import make_filters
 from nextscale.sampling.guidance import make_guidance
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import sample_steps
-from nextscale.systems import flexvar
+from nextscale.systems import flexvar, hmar
 from nextscale.systems.flexvar import FlexVAR
 from nextscale.systems.folders import load_published
+from nextscale.systems.hmar import HMAR
 from nextscale.systems.var import VAR
 from nextscale.systems.var_published import published_config
 from nextscale.tokenizers import pyramid
@@ -318,7 +322,82 @@ def replay_flexvar(checks: Checks, system: FlexVAR, recorded: dict[str, Tensor],
         system.tokenizer.from_latent(latent))[:, :, :64, :64])
 
 
-CHECKS = {"var": check_var, "flexvar": check_flexvar}
+def check_hmar(golden: dict, recorded: dict[str, Tensor]) -> int:
+    """Both modules' inputs, logits and losses, and three generations round by round."""
+    checks, run, made = Checks(golden, recorded), golden["run"], golden["constructor"]
+    system = HMAR(hmar.published_config(made["vae"], made["hmar"])).eval()
+    weights, labels = fill(golden), recorded["labels"].long().view(-1, 1)
+    load_published(system, weights["vae"], weights["hmar"])
+    plan, generator, head = system.plan, system.generator, system.head
+    with torch.no_grad():
+        check_tokenizer(checks, system, recorded)
+        tokens = [recorded[f"tokens.{k}"].long().view(len(labels), -1) for k in range(len(plan))]
+        canvas = Canvas.empty(plan, system.tokenizer.quantiser, len(labels))
+        replayed = pyramid.replay(tokens, canvas)
+        reads = [r for r in replayed.reads if r is not None]
+        own = [resize(canvas.contribution(k, t), plan.steps[k].grid, "area").flatten(2).transpose(1, 2)
+               for k, t in enumerate(tokens)][1:]
+        checks.close("reconstruction", lambda: system.tokenizer.decode(replayed.canvas))
+        checks.close("next_scale_input", lambda: torch.cat(reads, 1))
+        checks.close("mask_input", lambda: torch.cat(own, 1))
+        condition = ClassCondition(system.labels, labels)
+        logits = head(hidden_states(system, plan, replayed.reads, condition, ("conditional",)))
+        checks.close("next_scale_logits", lambda: logits)
+        weight_L = torch.cat([torch.full((step.rows,), w / step.rows)
+                              for w, step in zip(hmar.scale_weights(plan), plan, strict=True)])
+        checks.close("loss_weight", lambda: weight_L[None])
+        checks.close("next_scale_loss", lambda: system.loss(tokens, labels, 0.0)[0].reshape(
+            recorded["next_scale_loss"].shape))
+        hidden_L = torch.zeros(plan.length - 1, dtype=torch.bool)
+        hidden_L[recorded["mask_positions"].flatten().long()] = True
+        rows = teacher_forcing_call(generator, plan, replayed.reads, system.labels(labels)).rows
+        first = generator.embed(plan, replayed.reads, rows.cond, 0, 1)
+        rest = generator.embed_round(plan, torch.cat(reads, 1), torch.cat(own, 1), hidden_L.expand(len(labels), -1),
+                                     rows.cond, 1, len(plan))
+        call = Call(torch.cat([first, rest], 1), rows, slice(0, plan.length), round=1)
+        logits = head.mask(generator(call, Context()))
+        checks.close("mask_logits", lambda: logits)
+        entropy = torch.nn.functional.cross_entropy(logits[:, 1:][:, hidden_L].flatten(0, 1),
+                                                    torch.cat(tokens, 1)[:, 1:][:, hidden_L].flatten())
+        checks.close("mask_loss", lambda: entropy.reshape(recorded["mask_loss"].shape))
+        for kind in ("greedy", "sampled", "next_scale"):
+            replay_hmar(checks, system, recorded, run[kind], kind, labels)
+    return checks.failed
+
+
+def replay_hmar(checks: Checks, system: HMAR, recorded: dict[str, Tensor], used: dict, kind: str,
+                labels: Tensor) -> None:
+    """Draw round by round, greedily or by the recorded uniforms; compare tokens, masks and the picture."""
+    rounds = hmar.check_rounds(used.get("mask_schedule", ()), system.plan)
+    settings = hmar.HMARSettings(1 + used["cfg"], top_k=used["top_k"] or None, top_p=used["top_p"] or None)
+    draws = {("token", k, j): recorded[f"{kind}_uniform.{k}.{j}"].view(len(labels), -1)
+             for k, counts in enumerate(rounds) for j in range(len(counts)) if f"{kind}_uniform.{k}.{j}" in recorded}
+    guidance, filters = system.guidance(settings), system.filters(settings)
+    noise = Recorded(draws) if draws else Keyed.from_seeds(range(len(labels)))
+    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    head = InRounds(system.head, rounds, lambda k, j, masked, sample: seen.update({(k, j): (masked, sample.tokens)}))
+    for part in (system.head.next, system.head.mask):
+        part.draw = likeliest if used["draw"] == "argmax" else type(part).draw.__get__(part)
+    drawn = system.start(labels, guidance, noise)
+    for _ in sample_steps(SimpleNamespace(generator=system.generator, head=head), drawn, guidance, filters):
+        k = drawn.cursor - 1
+        for j in range(len(rounds[k])):
+            masked, tokens = seen[k, j]
+            if f"{kind}_masked.{k}.{j}" in recorded:
+                places = torch.stack([one.nonzero().flatten() for one in masked])
+                checks.tokens(f"{kind}_masked.{k}.{j}", places, torch.zeros(places.numel(), dtype=torch.bool))
+            if not checks.tokens(f"{kind}_tokens.{k}.{j}", tokens, torch.zeros(tokens.numel(), dtype=torch.bool)):
+                return
+    checks.close(f"{kind}_image", lambda: (system.tokenizer.decode(drawn.canvas) + 1) / 2)
+
+
+def likeliest(logits: Tensor, noise: object, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
+    """The likeliest token that the filters left, with its probability among them."""
+    log_prob, tokens = logits.float().log_softmax(-1).max(-1)
+    return Sample(tokens, log_prob, log_prob.exp())
+
+
+CHECKS = {"var": check_var, "flexvar": check_flexvar, "hmar": check_hmar}
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,18 +171,26 @@ class VARGenerator(nn.Module):
 
     def forward(self, call: Call, ctx: Context) -> Tensor:
         """Hidden states (R, L, C) of all rows, normalised and modulated for the head."""
-        x, rows = call.x, call.rows
-        shared = None
-        if self.shared_modulation is not None:
-            layer = self.shared_modulation
-            shared = ctx.once(f"{self.name}.shared_modulation", lambda: layer(rows.cond))
-        for i, block in enumerate(self.blocks):
-            address = f"{self.name}.{i}"
-            inner = _bound(block, ctx, address, shared)
-            x = ctx.block(address, x, _recomputed(inner) if self.checkpointing and x.requires_grad else inner, rows)
+        rows = call.rows
+        x = self._through(self.blocks, call.x, rows, ctx, self.name, self._shared(rows, ctx))
         scale, shift = ctx.once(f"{self.name}.head_modulation",
                                 lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
         return modulated_norm(x, scale, shift)
+
+
+    def _shared(self, rows: Rows, ctx: Context) -> Tensor | None:
+        """The modulation that all blocks share, where they do."""
+        layer = self.shared_modulation
+        return None if layer is None else ctx.once(f"{self.name}.shared_modulation", lambda: layer(rows.cond))
+
+    def _through(self, blocks: Iterable[nn.Module], x: Tensor, rows: Rows, ctx: Context, name: str,
+                 shared: Tensor | None) -> Tensor:
+        """Rows through some blocks, each under its address ``name.i``."""
+        for i, block in enumerate(blocks):
+            address = f"{name}.{i}"
+            inner = _bound(block, ctx, address, shared)
+            x = ctx.block(address, x, _recomputed(inner) if self.checkpointing and x.requires_grad else inner, rows)
+        return x
 
 
 def _bound(block: nn.Module, ctx: Context, address: str, shared: Tensor | None):  # type: ignore[no-untyped-def]

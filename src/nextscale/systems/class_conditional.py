@@ -82,6 +82,9 @@ class ClassConditionalSystem(nn.Module):
     head: Any
     labels: ClassTable
 
+    # What is trained by itself, one after the other; empty where all is trained together.
+    parts: ClassVar[tuple[str, ...]] = ()
+
     # What low-rank adapters go to by default, by name; empty for all products of the network.
     adapter_targets: tuple[str, ...] = ()
 
@@ -95,6 +98,15 @@ class ClassConditionalSystem(nn.Module):
         gate: initial factor on what a block adds, where the system has one.
         """
         raise NotImplementedError
+
+    def train_part(self, part: str) -> None:
+        """Train one of the system's parts from here on and freeze the others, where it has several (``parts``).
+
+        Raises InputError for a part that there isn't.
+        """
+        if part not in self.parts:
+            has = f"has the parts {', '.join(self.parts)}" if self.parts else "is trained as a whole"
+            raise InputError(f"part {part!r}: {type(self).__name__} {has}")
 
     def published_names(self) -> tuple[NameMap, NameMap]:
         """Maps from the published tensor names to this library's: of the tokenizer's file and of the network's."""
@@ -289,8 +301,12 @@ class ClassConditionalSystem(nn.Module):
             if self.training:
                 self.eval()
                 stack.callback(self.train)
-            yield from sample_steps(self, self.start(rows, guidance, noise, plan), guidance, self.filters(used), hooks,
-                                    soft)
+            yield from self.loop(self.start(rows, guidance, noise, plan), guidance, used, hooks, soft)
+
+    def loop(self, run: Run, guidance: Guidance, used: Settings, hooks: Sequence[Hook],
+             soft: Callable[..., Tensor] | None) -> Iterator[Run]:
+        """The loop that a run goes through."""
+        return sample_steps(self, run, guidance, self.filters(used), hooks, soft)
 
     def label_names(self, row: Tensor) -> Any:
         """What a row of label indices is called: a name or index, a tuple for several kinds, None for no class."""

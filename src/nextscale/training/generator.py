@@ -101,7 +101,7 @@ class GeneratorTask:
         if self.compile == "on" or (self.compile == "auto" and device.type == "cuda"):
             self.system.generator.compile(backend=self.backend, dynamic=False)
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.system.head.weight.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast else next(self.system.head.parameters()).dtype
         self._utilisation = Utilisation(device, dtype)
 
     def _count(self, pictures: int, scales: int) -> None:

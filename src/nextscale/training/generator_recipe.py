@@ -11,9 +11,9 @@ import torch
 from nextscale import parallel
 from nextscale.configuration import build
 from nextscale.devices import choose_device
-from nextscale.errors import InputError
+from nextscale.errors import InputError, WeightsError
 from nextscale.systems import folders
-from nextscale.systems.class_conditional import SystemConfig
+from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
@@ -27,12 +27,15 @@ from nextscale.training.trainer import Trainer, TrainResult
 @dataclass(frozen=True)
 class GeneratorTraining:
     """A generator's recipe. system: which, by slug; generator: its network, as that system's configuration has it;
-    tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale tokenize`` made with it, in the
-    place of the pictures of ``data``; gate: initial factor on the residual gates; prefix, checkpointing, compile and
-    what comes before the gate: as ``GeneratorTask`` has them; settings: how the finished model samples by default;
-    threads: of the processor, 0 for all."""
+    start: folder of a trained model of that system to begin with; part: which of its parts to train, the first where
+    nothing is said; tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale tokenize`` made
+    with it, in the place of the pictures of ``data``; gate: initial factor on the residual gates; prefix,
+    checkpointing, compile and what comes before the gate: as ``GeneratorTask`` has them; settings: how the finished
+    model samples by default; threads: of the processor, 0 for all."""
 
     system: str = "var"
+    start: str = ""
+    part: str = ""
     tokenizer: str = ""
     tokens: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -65,6 +68,10 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     torch.manual_seed(wanted.train.seed)
     system = folders.system_type(wanted.system)(config).initialise(wanted.gate)
     system.tokenizer.load_state_dict(tokenizer.state_dict())
+    if wanted.start:
+        _begin_with(system, Path(wanted.start))
+    if wanted.part or system.parts:
+        system.train_part(wanted.part or system.parts[0])
     validation = None if held_out is None else (held_out.read(range(len(held_out))), held_out.labels)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
                          wanted.step_weights, validation, _sheet_labels(config), wanted.prefix, wanted.checkpointing,
@@ -75,6 +82,18 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
         setattr(system, name, module)
     parallel.on_main(lambda: folders.save(system, out / "model"))
     return result
+
+
+def _begin_with(system: ClassConditionalSystem, folder: Path) -> None:
+    """Take over a trained model's weights. Raises WeightsError where it is another system's or of other sizes."""
+    config = folders.read_config(folder)
+    if (config.slug, config.generator, config.classes) != (system.config.slug, system.config.generator,
+                                                           system.config.classes):
+        raise WeightsError(f"{folder} holds a {config.slug} of other sizes or classes than the recipe's; give the "
+                           "generator's sizes that it was trained with")
+    trained = folders.load(folder)
+    for name in ("generator", "head", "labels"):
+        getattr(system, name).load_state_dict(getattr(trained, name).state_dict())
 
 
 def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,

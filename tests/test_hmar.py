@@ -1,0 +1,224 @@
+"""HMAR: a Markov view without memory, rounds of redrawing, the mask module's training, published names."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import AUTOENCODER, GRIDS, emoji, fill, labels
+from torch import Tensor
+
+import nextscale
+from nextscale.canvas import Canvas
+from nextscale.cli import main
+from nextscale.conditions.class_label import ClassCondition
+from nextscale.context import Context
+from nextscale.errors import InputError, WeightsError
+from nextscale.generators.hmar import HMARGeneratorConfig
+from nextscale.heads.masked_rounds import InRounds, least
+from nextscale.layers.attention import attention
+from nextscale.noise import Keyed
+from nextscale.objectives.teacher_forcing import teacher_forcing_call
+from nextscale.plan import ALL_PREVIOUS, OWN_STEP
+from nextscale.run import Sample
+from nextscale.sampling.guidance import Unguided
+from nextscale.sampling.score import hidden_states
+from nextscale.sampling.steps import sample_steps
+from nextscale.systems import folders
+from nextscale.systems.hmar import HMAR, ROUNDS, HMARConfig, HMARSettings, check_rounds, preset_config, scale_weights
+from nextscale.tokenizers import pyramid
+from nextscale.tokenizers.config import TokenizerConfig
+
+COUNTS = ((1,), (1, 3), (2, 3, 4), (16,))
+
+
+def tiny(rounds: tuple = (), seed: int = 0) -> HMAR:
+    network = HMARGeneratorConfig(3, 48, 3, mask_blocks=1)
+    system = HMAR(HMARConfig(TokenizerConfig(AUTOENCODER, GRIDS, 32), network, (5,),
+                             settings={"pictures": HMARSettings(2.0, top_k=20, rounds=rounds)})).eval()
+    fill(system, seed)
+    return system
+
+
+def test_one_call_equals_the_loop_though_nothing_is_remembered() -> None:
+    system = tiny()
+    run = system.start(labels(2), Unguided(), Keyed.from_seeds([3, 4]))
+    with torch.no_grad():
+        for _ in sample_steps(system, run, Unguided()):
+            assert not run.memory.groups, "no key or value is held, not even room for one"
+        scored = system.log_prob(run.tokens, labels(2).flatten().tolist())
+    torch.testing.assert_close(scored.picture, torch.cat(run.log_probs, 1).sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_scale_knows_of_others_only_what_it_reads() -> None:
+    system = tiny()
+    tokens = system.encode(emoji(2))
+    canvas = Canvas.empty(system.plan, system.tokenizer.quantiser, 2)
+    reads = pyramid.replay(tokens, canvas).reads
+    condition = ClassCondition(system.labels, labels(2))
+    with torch.no_grad():
+        before = hidden_states(system, system.plan, reads, condition, ("conditional",))
+        others = [None if r is None else r + (k == 1) for k, r in enumerate(reads)]
+        after = hidden_states(system, system.plan, others, condition, ("conditional",))
+    span = system.plan.span(1, 2)
+    same = torch.ones(system.plan.length, dtype=torch.bool)
+    same[span] = False
+    assert torch.equal(before[:, same], after[:, same]) and not torch.allclose(before[:, span], after[:, span])
+
+
+def test_attention_step_by_step_is_masked_attention() -> None:
+    system = tiny()
+    plan = system.plan
+    rows = teacher_forcing_call(system.generator, plan, [None, *(torch.zeros(2, s.rows, 8) for s in plan.steps[1:])],
+                                system.labels(labels(2))).rows
+    q, k, v = torch.randn(3, 2, 3, plan.length, 16)
+    mask = OWN_STEP.sees(plan.step_of_row[:, None], plan.step_of_row[None])[None, None]
+    found = Context().attend("a.kv", q, k, v, rows, scale=0.3)
+    torch.testing.assert_close(found, attention(q, k, v, mask, 0.3), rtol=1e-5, atol=1e-5)
+    dense = Context().attend("a.kv", q, k, v, replace(rows, visible=ALL_PREVIOUS), scale=0.3)
+    assert not torch.allclose(found, dense)
+
+
+def test_single_rounds_are_the_next_scale_module_alone() -> None:
+    one = tiny().generate([1, 2], output="torch", progress=False)
+    single = tuple((h * w,) for h, w in GRIDS)
+    other = tiny(single).generate([1, 2], output="torch", progress=False)
+    assert torch.equal(one.images, other.images)
+
+
+def test_rounds_redraw_the_least_confident_and_leave_the_rest() -> None:
+    system = tiny(COUNTS)
+    seen: dict[tuple[int, int], tuple[Tensor, Sample]] = {}
+    head = InRounds(system.head, check_rounds(COUNTS, system.plan), lambda k, j, m, s: seen.update({(k, j): (m, s)}))
+    guidance = system.guidance(system.config.settings["pictures"])
+    run = system.start(labels(2), guidance, Keyed.from_seeds([0, 1]))
+    model = type("Model", (), {"generator": system.generator, "head": head})()
+    with torch.no_grad():
+        list(sample_steps(model, run, guidance))
+    assert sorted(seen) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 0)]
+    first, (again, second), (last, third) = seen[2, 0][1], seen[2, 1], seen[2, 2]
+    assert first.confidence is not None and second.confidence is not None
+    assert again.sum(1).tolist() == [7, 7] and last.sum(1).tolist() == [4, 4] and bool((last <= again).all())
+    assert torch.equal(again, least(first.confidence, 7))
+    settled, redrawn = first.confidence.masked_fill(again, 2), first.confidence.masked_fill(~again, 0)
+    assert bool((settled.amin(1) >= redrawn.amax(1)).all())
+    assert torch.equal(second.tokens[~again], first.tokens[~again])
+    assert torch.equal(third.tokens[~last], second.tokens[~last])
+    assert torch.equal(run.tokens[2], third.tokens)
+
+
+def test_a_picture_of_many_rounds_does_not_hang_on_its_batch() -> None:
+    system = tiny(COUNTS)
+    both = system.generate([1, 2], seeds=[7, 8], output="torch", progress=False)
+    alone = system.generate([2], seeds=[8], output="torch", progress=False)
+    assert all(torch.equal(a[1:], b) for a, b in zip(both.tokens, alone.tokens, strict=True))
+
+
+@pytest.mark.parametrize(("rounds", "message"), [
+    (((1,), (4,)), "2 scales are given, the schedule has 4"), (((1,), (1, 2), (9,), (16,)), "add up to its 4 tokens"),
+    (((1,), (0, 4), (9,), (16,)), "must be positive")])
+def test_rounds_that_do_not_fit_are_refused(rounds: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny(rounds).generate([1])
+
+
+def test_scales_weigh_as_published() -> None:
+    plan = preset_config("hmar-d16").tokenizer.plan
+    published = [.0247, .0642, .1150, .1379, .1402, .1329, .1208, .1054, .0882, .0709]
+    assert scale_weights(plan) == pytest.approx(published, abs=6e-5)
+    assert [sum(counts) for counts in ROUNDS[256]] == [step.rows for step in plan]
+    assert sum(len(counts) for counts in ROUNDS[256]) == 14
+
+
+def test_the_mask_module_alone_trains_from_the_next_scale_module_s_weights() -> None:
+    torch.manual_seed(0)
+    system = tiny()
+    system.train_part("mask")
+    trained = {name for name, p in system.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in trained} == {"mask_embed", "mask_blocks", "mask_head_modulation", "mask"}
+    same = zip(system.generator.mask_blocks.parameters(), system.generator.blocks[2:].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    tokens, wanted = system.encode(emoji(8)), [p for p in system.parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in system.named_parameters() if not p.requires_grad}
+    optimiser, found = torch.optim.AdamW(wanted, lr=3e-3), []
+    for step in range(30):
+        torch.manual_seed(step)
+        loss, by_step, _ = system.loss(tokens, labels(8), 0.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        found.append(float(loss.detach()))
+        assert bool(by_step[0].isnan())
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    assert all(torch.equal(p, before[name]) for name, p in system.named_parameters() if name in before)
+    with pytest.raises(InputError, match="has the parts next, mask"):
+        system.train_part("head")
+
+
+def test_masked_tokens_are_hidden_and_the_others_help() -> None:
+    """The loss must hang on the tokens that aren't masked, and on the masked ones as targets alone, but for what
+    leaks through the resized contribution, which is part of the published rule."""
+    system = tiny()
+    tokens = system.encode(emoji(4))
+    all_hidden = [float(system.mask_loss(tokens, labels(4), 0.0, share=1.0)[0].detach()) for _ in range(2)]
+    assert all_hidden[0] == pytest.approx(all_hidden[1])
+    torch.manual_seed(0)
+    few = float(system.mask_loss(tokens, labels(4), 0.0, share=0.2)[0].detach())
+    assert few != pytest.approx(all_hidden[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "millions", "of_next"), [
+    ("hmar-d16", 467.7, 310.3), ("hmar-d20", 845.5, 600.9), ("hmar-d24", 1384.3, 1033.4), ("hmar-d30", 2556.3, 2010.0)])
+def test_published_sizes_have_the_published_parameters_and_names(name: str, millions: float, of_next: float) -> None:
+    config = preset_config(name)
+    depth, width = config.generator.depth, config.generator.width
+    with torch.device("meta"):
+        system = HMAR(config)
+    parts = [p for part in (system.generator, system.head, system.labels) for p in part.parameters()]
+    assert round(sum(p.numel() for p in parts) / 1e6, 1) == millions
+    own = [system.generator.mask_blocks, system.generator.mask_head_modulation, system.head.mask]
+    mask = sum(p.numel() for module in own for p in module.parameters()) + width
+    assert round((sum(p.numel() for p in parts) - mask) / 1e6, 1) == of_next
+    block = {"attn.scale_mul_1H11": (1, depth, 1, 1), "attn.q_bias": (width,), "attn.v_bias": (width,),
+             "attn.zero_k_bias": (width,), "attn.mat_qkv.weight": (3 * width, width),
+             "attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ffn.fc1.weight": (4 * width, width),
+             "ffn.fc1.bias": (4 * width,), "ffn.fc2.weight": (width, 4 * width), "ffn.fc2.bias": (width,),
+             "ada_lin.1.weight": (6 * width, width), "ada_lin.1.bias": (6 * width,)}
+    shapes = {f"{kind}_blocks.{i}.{key}": shape for key, shape in block.items()
+              for kind, count in (("base", depth - 8), ("ns", 8), ("mask", 8)) for i in range(count)}
+    shapes |= {f"{kind}_head{key}": shape for kind in ("ns", "mask") for key, shape in (
+        (".weight", (4096, width)), (".bias", (4096,)), ("_nm.ada_lin.1.weight", (2 * width, width)),
+        ("_nm.ada_lin.1.bias", (2 * width,)))}
+    shapes |= {"pos_start": (1, 1, width), "pos_1LC": (1, 680, width), "lvl_embed.weight": (10, width),
+               "lvl_1L": (1, 680), "attn_bias_for_masking": (1, 1, 680, 680), "word_embed.weight": (width, 32),
+               "word_embed_bias": (width,), "mask_embed.weight": (1, width), "class_emb.weight": (1001, width)}
+    published = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    folders.load_published(system, generator=published)
+    with pytest.raises(WeightsError, match="mask_embed"):
+        folders.load_published(system, generator={k: v for k, v in published.items() if k != "mask_embed.weight"})
+
+
+def test_the_command_line_trains_both_parts_and_draws_in_rounds(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    from small_task import draw_pictures
+
+    from nextscale.training.tokenizer_recipe import save_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(tiny().tokenizer, tmp_path / "tokenizer")
+    draw_pictures(tmp_path / "pictures")
+    sets = ["train.steps=3", "train.batch_size=8", "train.sample_every=0", "train.checkpoint_every=3", "data.size=16",
+            "generator.depth=2", "generator.width=32", "generator.heads=2", "generator.mask_blocks=1",
+            "data.held_out=0", "train.precision=fp32", "train.minutes=5"]
+    command = ["train", "generator", "--system", "hmar", "--data", "pictures", "--tokenizer", "tokenizer"]
+    command += [part for one in sets for part in ("--set", one)]
+    assert main.run([*command, "--out", "next"]) == 0
+    assert main.run([*command, "--out", "both", "--set", "part=mask", "--set", "start=next/model",
+                     "--set", f"settings.rounds={[list(counts) for counts in COUNTS]}"]) == 0
+    first, both = nextscale.load("next/model"), nextscale.load("both/model")
+    assert both.config.settings["pictures"].rounds == COUNTS
+    assert torch.equal(first.generator.blocks[0].mlp.expand.weight, both.generator.blocks[0].mlp.expand.weight)
+    assert not torch.equal(both.generator.mask_embed, first.generator.mask_embed)
+    assert main.run(["generate", "--model", "both/model", "--count", "2", "--out", "a.png"]) == 0
+    assert main.run([*command, "--out", "wrong", "--set", "start=next/model", "--set", "generator.depth=3"]) == 2
