@@ -54,7 +54,8 @@ def teacher_forcing_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence
     token no other is likelier than (K,).
     """
     ctx = Context()
-    ctx.scratch.update(_mask(plan, cond_BD.device))
+    if plan.visible.previous != 0:  # rows that see their own step alone need no mask
+        ctx.scratch.update(_mask(plan, cond_BD.device))
     hidden = generator(teacher_forcing_call(generator, plan, reads, cond_BD), ctx)
     target_BL = torch.cat(list(tokens), 1)
     entropy_BL, right_BL = head.loss(hidden, target_BL, label_smoothing)
