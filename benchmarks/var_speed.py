@@ -38,7 +38,7 @@ from nextscale.errors import NextscaleError
 from nextscale.noise import Keyed
 from nextscale.plan import Plan
 from nextscale.run import Run
-from nextscale.systems.var import VAR, preset
+from nextscale.systems.var import VAR, preset_config
 from nextscale.tokenizers.multiscale_vq import phi_table
 
 PHASES = ("transformer", "sampling", "canvas", "decode", "other")
@@ -231,7 +231,7 @@ def measure(model: str, threads: int, repeats: int, cpu_clock: bool, floor: bool
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     now = (lambda: time.process_time() / threads) if cpu_clock else time.perf_counter
-    fp32 = liven(preset(model)).to_precision("fp32")
+    fp32 = liven(VAR(preset_config(model)).eval()).to_precision("fp32")
     baseline, bf16 = baseline_of(fp32), copy.deepcopy(fp32).to_precision("bf16")
     for system in (fp32, bf16):
         system.tokenizer.encoder = nn.Identity()  # sampling needs no encoder, and others may need the memory
