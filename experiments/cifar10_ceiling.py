@@ -3,8 +3,8 @@
     python experiments/cifar10_ceiling.py --model runs/cifar-10-generator/model --data cifar10/test.parquet \\
         --judge resnet20.safetensors
 
-No sample can be expected to be recognised more often than pictures that only went through the tokenizer, unless it is more
-typical than they are.
+No sample can be expected to be recognised more often than pictures that only went through the tokenizer, unless it is
+more typical than they are.
 """
 from __future__ import annotations
 
