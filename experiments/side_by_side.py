@@ -10,7 +10,7 @@ tokens are cached once; every generator then trains ``--minutes`` on its family'
 seeds: their spread is the noise, and no ranking is made inside it. What is done is skipped, what was stopped goes on.
 Writes ``table.md``. ``--costs`` trains nothing: it draws with random weights and counts what a picture costs.
 
-Minutes are those of the clock: give the run a core of its own.
+Minutes are of the processor's time (``clock: processor``), so that arms may run beside other work.
 """
 from __future__ import annotations
 
@@ -98,8 +98,20 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def pictures_of(given: argparse.Namespace) -> str:
+    """The parquet file with the first pictures of the data, written where it isn't there."""
+    out: Path = given.out / f"first-{given.pictures}.parquet"
+    if not out.is_file():
+        from pyarrow import parquet
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(parquet.read_table(given.data).slice(0, given.pictures), out.with_suffix(".part"))
+        out.with_suffix(".part").replace(out)
+    return str(out)
+
+
 def data_recipe(given: argparse.Namespace) -> dict[str, Any]:
-    return {"spec": given.data, "size": SIZE, "balanced": False, "flip": True, "held_out": 500}
+    return {"spec": pictures_of(given), "size": SIZE, "balanced": False, "flip": True, "held_out": 500}
 
 
 def tokenizer_of(family: str, given: argparse.Namespace) -> Path:
@@ -109,7 +121,7 @@ def tokenizer_of(family: str, given: argparse.Namespace) -> Path:
         print(f"tokenizer {family}", flush=True)
         train = {"steps": 10**6, "minutes": given.tokenizer_minutes, "batch_size": 16, "learning_rate": 1e-3,
                  "warmup_steps": 50, "final_learning_rate_ratio": 0.02, "weight_decay": 0.01, "ema_decay": 0.998,
-                 "sample_every": 0, "checkpoint_every": 200, "keep_checkpoints": 1}
+                 "sample_every": 0, "clock": "processor", "checkpoint_every": 200, "keep_checkpoints": 1}
         done = train_tokenizer({"data": data_recipe(given), "tokenizer": FAMILIES[family], "train": train,
                                 "threads": given.threads}, out, resume=True)
         if done.stopped == "signal":
@@ -121,7 +133,8 @@ def tokenizer_of(family: str, given: argparse.Namespace) -> Path:
 def tokens_of(family: str, given: argparse.Namespace) -> Path:
     """The folder of a family's cached tokens, mirrored versions too."""
     out: Path = given.out / "tokens" / family
-    words = ["tokenize", "--tokenizer", str(tokenizer_of(family, given)), "--data", given.data, "--out", str(out)]
+    words = ["tokenize", "--tokenizer", str(tokenizer_of(family, given)), "--data", pictures_of(given),
+             "--out", str(out)]
     for more in (["--split", "train", "--flips"], ["--split", "validation"]):
         if not (out / more[1] / "manifest.json").is_file() and command.run([*words, *more]):
             raise InputError(f"tokens of {family} could not be made; see above")
@@ -133,7 +146,7 @@ def run(name: str, arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
     out: Path = given.out / name
     result = out / "result.json"
     about = json.loads(json.dumps({"arm": asdict(arm), "family": FAMILIES[arm.family], "minutes": given.minutes,
-                                   "count": given.count, "batch_size": given.batch_size}))
+                                   "pictures": given.pictures, "count": given.count, "batch_size": given.batch_size}))
     if result.is_file():
         found = hub.read_json(result)
         if found["about"] != about:
@@ -145,8 +158,8 @@ def run(name: str, arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
               "settings": arm.settings, "gate": 0.3, "threads": given.threads, **arm.recipe,
               "train": {"steps": 10**6, "minutes": given.minutes, "batch_size": given.batch_size,
                         "learning_rate": 1e-3, "warmup_steps": 50, "final_learning_rate_ratio": 0.02,
-                        "ema_decay": 0.998, "sample_every": 0, "checkpoint_every": 500, "keep_checkpoints": 1,
-                        "seed": arm.seed}}
+                        "ema_decay": 0.998, "sample_every": 0, "clock": "processor", "checkpoint_every": 500,
+                        "keep_checkpoints": 1, "seed": arm.seed}}
     done = train_generator(recipe, out, resume=True)
     if done.stopped == "signal":
         raise InputError(f"stopped in arm {name!r} after step {done.step}; run the same command to go on")
@@ -171,9 +184,10 @@ def measure(out: Path, given: argparse.Namespace) -> dict[str, Any]:
     held_out = [record for record in read_metrics(out) if any(key.startswith("held_out/") for key in record)]
     cost = cost_of(system, [i % 10 for i in range(8)])
     return {
-        "frechet": of_judge["samples"]["frechet_distance"], "agreement": of_judge["samples"]["agreement"]["class"],
+        "frechet": of_judge["samples"]["frechet_distance"]["value"],
+        "agreement": of_judge["samples"]["agreement"]["class"],
         "psnr": figures["tokenizer"]["psnr"]["mean"],
-        "ceiling": of_judge["reconstruction"]["frechet_distance"],
+        "ceiling": of_judge["reconstruction"]["frechet_distance"]["value"],
         "nats": figures.get("likelihood", {}).get("reference", {}).get("nats_a_token"),
         "loss": held_out[-1].get("held_out/loss") if held_out else None, "cost": asdict(cost)}
 
@@ -230,7 +244,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/side-by-side"))
     parser.add_argument("--only", nargs="+", help="these arms alone")
     parser.add_argument("--minutes", type=float, default=10.0, help="of every generator's training")
-    parser.add_argument("--tokenizer-minutes", type=float, default=10.0)
+    parser.add_argument("--tokenizer-minutes", type=float, default=8.0)
+    parser.add_argument("--pictures", type=int, default=25_000, help="the first of the data, to train on")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--count", type=int, default=1000, help="samples to measure")
     parser.add_argument("--threads", type=int, default=1)

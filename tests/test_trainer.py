@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,17 @@ def test_a_time_limit_stops_cleanly_and_the_schedule_follows_it(pictures: Path, 
     again = make_trainer(pictures, tmp_path, resume=True, steps=100_000, minutes=0.01)
     assert again.seconds == pytest.approx(result.seconds, abs=0.5)
     assert again.train().step <= result.step + 1
+
+
+def test_time_of_the_processor_leaves_out_what_others_did(pictures: Path, tmp_path: Path) -> None:
+    class Waiting(AutoencoderTask):
+        def after_step(self, at: Any) -> Any:
+            time.sleep(0.1)
+            return super().after_step(at)
+
+    found = {clock: make_trainer(pictures, tmp_path / clock, Waiting(), steps=12, clock=clock).train().seconds
+             for clock in ("wall", "processor")}
+    assert found["wall"] > 1.2 > found["processor"] > 0
 
 
 def test_a_folder_with_a_run_is_not_overwritten(pictures: Path, tmp_path: Path) -> None:

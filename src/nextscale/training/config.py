@@ -34,8 +34,10 @@ class TrainConfig:
         device: ``auto`` (cuda, mps, cpu) or a torch device.
         parallel: what several processes do (``torchrun``): ``ddp`` keeps all weights in each and averages gradients,
             ``fsdp`` spreads weights, gradients, optimiser states and averages over them; one process does neither.
-        minutes: stop cleanly after this wall time, of which the schedule then follows the share spent where that is
-            ahead of the share of steps; such a run resumes, but is bound to the machine's speed.
+        minutes: stop cleanly after this time, of which the schedule then follows the share spent where that is ahead
+            of the share of steps; such a run resumes, but is bound to the machine's speed.
+        clock: what ``minutes`` are of: ``wall``, or ``processor``, the time that all threads of this process were at
+            work, which compares systems fairly on a machine that does other things too.
     """
 
     steps: int = 10_000
@@ -59,6 +61,7 @@ class TrainConfig:
     device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     minutes: float | None = None
+    clock: Literal["wall", "processor"] = "wall"
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints")

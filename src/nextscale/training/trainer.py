@@ -212,9 +212,10 @@ class Trainer:
     def _clock(self) -> Iterator[list[float]]:
         """Adds to the seconds spent; what is yielded holds those of this block afterwards."""
         spent = [0.0]
-        began = time.monotonic()
+        now = time.process_time if self.config.clock == "processor" else time.monotonic
+        began = now()
         yield spent
-        spent[0] = time.monotonic() - began
+        spent[0] = now() - began
         self.seconds += spent[0]
 
     def _agree(self) -> None:
