@@ -66,6 +66,12 @@ def test_it_is_found_trained_and_drawn_from_by_the_command_line(tmp_path: Path, 
             "--out", "run", *(part for one in sets for part in ("--set", one)))
     command("generate", "--model", "run/model", "--count", "2", "--out", "a.png")
     assert (tmp_path / "a.png").is_file()
+    assert "guidance-interval" in command("hooks") and "since: float = 0.0" in command("hooks", "guidance-interval")
+    command("generate", "--model", "run/model", "--count", "2", "--out", "b.png", "--hook",
+            "guidance-interval since=0.4 until=0.6")
+    command("generate", "--model", "run/model", "--count", "2", "--out", "c.png", "--hook", "guidance-interval")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert "guidance-interval since=0.4 until=0.6" in command("data", "settings", "b.png")
 
     for folder in installed:
         monkeypatch.syspath_prepend(folder)

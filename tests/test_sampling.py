@@ -1,6 +1,8 @@
 """Sampling: guidance, filters, seeds, streams, hooks, and what generate gives back."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from hypothesis import strategies as st
 from tiny import CLASSES, emoji, tiny_var
 from torch import Tensor
 
+import nextscale
+from nextscale.cli.options import make_hooks
 from nextscale.context import Hook
 from nextscale.errors import InputError
-from nextscale.run import At, Run, Sample
+from nextscale.plan import Plan
+from nextscale.run import At, Call, Run, Sample
 from nextscale.sampling.filters import Temperature, TopK, TopP, make_filters
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided, make_guidance
 from nextscale.systems.var import VAR, preset_config
@@ -361,3 +366,43 @@ def test_a_model_in_training_draws_in_evaluation_mode_and_goes_on_training() -> 
     made = system.generate([0, 1], seed=1)
     assert system.training and system.generator.training
     assert same(made.tokens, system.eval().generate([0, 1], seed=1).tokens)
+
+
+# Hooks by name, and what they may refuse and leave out
+
+def test_unknown_hooks_and_settings_are_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="unknown hook 'fastvra'"):
+        nextscale.hook("fastvra")
+    with pytest.raises(InputError, match="is empty"):
+        make_hooks([""])
+    with pytest.raises(InputError, match="No closing quotation"):
+        make_hooks(["one 'half"])
+
+
+def test_a_hook_is_asked_before_the_first_step_and_before_scoring(system: VAR) -> None:
+    class Refusing(Hook):
+        def prepare(self, model: object, plan: Plan, hooks: Sequence[Hook]) -> None:
+            assert plan == system.plan and self in hooks
+            raise InputError("refusing: not on this model")
+
+        def inputs(self, run: Run, call: Call) -> Call:
+            raise AssertionError("a step began")
+
+    with pytest.raises(InputError, match="not on this model"):
+        system.generate([1], hooks=[Refusing()], progress=False)
+    with pytest.raises(InputError, match="not on this model"):
+        system.log_prob(emoji(1), [1], hooks=[Refusing()])
+
+
+def test_steps_that_a_hook_leaves_out_leave_the_canvas_as_it_is(system: VAR) -> None:
+    class Fewer(Hook):
+        def steps(self, plan: Plan) -> int:
+            return len(plan) - 1
+
+    whole = system.generate([1, 2], output="torch", progress=False)
+    fewer = system.generate([1, 2], hooks=[Fewer(), Hook()], output="torch", progress=False)
+    assert same(fewer.tokens, whole.tokens[:3]) and len(fewer.tokens) == 3
+    previews = list(system.stream([1, 2], hooks=[Fewer()], output="torch"))
+    assert [(p.step, p.steps) for p in previews] == [(0, 3), (1, 3), (2, 3)]
+    torch.testing.assert_close(previews[-1].images, fewer.images)
+    assert not torch.equal(fewer.images, whole.images)

@@ -14,7 +14,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "list_models", "list_systems", "load"]
+__all__ = ["__version__", "hook", "list_hooks", "list_models", "list_systems", "load"]
 
 
 def load(name: str, **options: Any) -> Any:
@@ -28,6 +28,23 @@ def load(name: str, **options: Any) -> Any:
     from nextscale.systems import load_model
 
     return load_model(name, **options)
+
+
+def hook(name: str, **settings: Any) -> Any:
+    """A hook by name (``fastvar``, ...), for the ``hooks`` of ``generate``, ``stream`` and ``log_prob``.
+
+    settings: those of the hook's class. Raises InputError on unknown names and settings.
+    """
+    from nextscale.context import make_hook
+
+    return make_hook(name, settings)
+
+
+def list_hooks() -> list[str]:
+    """Names that ``hook`` takes."""
+    from nextscale.registry import hooks
+
+    return sorted(hooks())
 
 
 def list_models() -> list[str]:

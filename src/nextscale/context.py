@@ -5,16 +5,19 @@ hooks wrap them, the first in the list innermost.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nextscale.errors import InputError
+from nextscale import registry
+from nextscale.configuration import build
+from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.attention import attention, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
+from nextscale.plan import Plan
 from nextscale.run import At, Call, Rows, Run, Sample
 
 Function = Callable[[Tensor, Rows], Tensor]
@@ -24,6 +27,14 @@ Attend = Callable[[Tensor, "Tensor | None", "Tensor | None", Rows], Tensor]
 
 class Hook:
     """What may be added to a run. Override what you need; a hook keeps nothing itself, but in ``ctx.memory.state``."""
+
+    def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
+        """Before the first step, and before scoring: raises InputError, with the reason, where it can't act on this
+        model (what has ``generator`` and ``head``) or plan, or beside the other ``hooks`` of the run."""
+
+    def steps(self, plan: Plan) -> int:
+        """How many of the plan's steps are walked; the canvas is decoded as it is after the last of them."""
+        return len(plan)
 
     def inputs(self, run: Run, call: Call) -> Call:
         """The rows of a step before the network sees them."""
@@ -65,6 +76,19 @@ class Hook:
                inner: Attend) -> Tensor:
         """Around an attention: before ``inner`` the rows of this call are not in memory yet, after it they are."""
         return inner(q, k, v, rows)
+
+
+def make_hook(name: str, settings: Mapping[str, Any]) -> Hook:
+    """A hook by the name that the registry knows it by; its class is a dataclass of settings.
+
+    Raises InputError on an unknown name, an unknown setting, or one of another type.
+    """
+    known = registry.hooks()
+    if name not in known:
+        raise InputError(f"unknown hook {name!r}{did_you_mean(name, known, '; known are ' + ', '.join(sorted(known)))}")
+    kind: Any = registry.import_target(known[name])
+    made: Hook = build(kind, settings, f"hook {name!r}")
+    return made
 
 
 def overrides(hook: Hook, name: str) -> bool:

@@ -1,7 +1,8 @@
 """Names to code: the table of systems and the names of models, each a "module:name" string imported on use.
 
 Nothing here imports a system. Other packages add their own through the entry point groups `nextscale.systems`
-(slug = "module:name") and `nextscale.models` (model name = "module:function").
+(slug = "module:name"), `nextscale.models` (model name = "module:function") and `nextscale.hooks`
+(hook name = "module:class").
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "FAMILIES",
     "STATUSES",
     "SystemEntry",
+    "hooks",
     "import_target",
     "models",
     "resolve",
@@ -78,6 +80,10 @@ _UNRELEASED = dict.fromkeys(("nfig-310m", "nfig-600m"), "nextscale.systems.nfig:
 _SMALL = dict.fromkeys(("var-d6-64px", "var-d2-16px"), "nextscale.systems.var:preset_config")
 _SMALL |= {f"{slug}-64px": f"nextscale.systems.{slug}:preset_config" for slug in ("flowar", "xar", "mar", "himar")}
 _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
+
+
+# Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
+_HOOKS: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,14 @@ def models() -> dict[str, str]:
     """Names that `nextscale.load` takes, presets and models that ship, each with its "module:function"."""
     table = {**_PUBLISHED, **_UNRELEASED, **_SMALL, **_SHIPPED}
     for point in _added("nextscale.models", table):
+        table[point.name] = point.value
+    return table
+
+
+def hooks() -> dict[str, str]:
+    """Names of the hooks that `nextscale.hook` makes, each with its "module:class"."""
+    table = dict(_HOOKS)
+    for point in _added("nextscale.hooks", table):
         table[point.name] = point.value
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,6 +43,7 @@ def edit(
     top_p: options.TopP = None,
     smooth: options.Smooth = None,
     set_: options.OwnSettings = None,
+    hook: options.Hooks = None,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
     weights: options.Weights = None,
@@ -74,6 +75,7 @@ def edit(
     if outpaint is not None and not 0 < outpaint < 1:
         raise InputError(f"--outpaint is {outpaint}; it must lie between 0 and 1, the share of the side to shrink to")
     pictures_out.check_writable(out)
+    hooks = options.make_hooks(hook)
     image = open_image(picture)
     region = _region(image, mask, box)
     system = options.open_model(model, precision, device, weights, tokenizer_weights)
@@ -93,6 +95,7 @@ def edit(
         [what] * count,
         seed=seed,
         output="numpy",
+        hooks=hooks,
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system),
     )
@@ -102,8 +105,9 @@ def edit(
     results = drawn.images
     if paste:
         results = np.where(redraw.numpy()[None, :, :, None], results, np.asarray(image)[None])
-    settings = {"edited": picture.name, "box": box, "mask": mask and mask.name, "outpaint": outpaint, "paste": paste}
-    settings |= {"precision": precision.value, **asdict(drawn.settings)}
+    region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint}
+    settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste}
+    settings |= {"precision": precision.value, **asdict(drawn.settings), **({"hooks": hook} if hook else {})}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)
     written = Image.fromarray(results[0]) if count == 1 else board(results, min(count, 8))
     pictures_out.write_png(written, out, about)

@@ -62,6 +62,7 @@ def generate(
     top_p: options.TopP = None,
     smooth: options.Smooth = None,
     set_: options.OwnSettings = None,
+    hook: options.Hooks = None,
     purpose: options.PurposeOption = options.Purpose.pictures,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
@@ -105,6 +106,7 @@ def generate(
             f"{model} comes without weights of its control; give --control-weights, or a folder as --model"
         )
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights)
+    hooks = options.make_hooks(hook)
     steered = {} if control is None else options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)
     labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
@@ -124,11 +126,14 @@ def generate(
         output="numpy",
         callback=keep_preview if kind == "animation" else None,
         schedule=grids,
+        hooks=hooks,
         **steered,
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system, purpose.value),
     )
     settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
+    if hook:
+        settings |= {"hooks": hook}
     if control is not None:
         settings |= {"control": control.name, "control_kind": control_kind}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)

@@ -48,6 +48,7 @@ app.command("tokenize")(tokenize.tokenize)
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
 app.command("models")(models.list_models)
+app.command("hooks")(models.list_hooks)
 app.command("systems")(models.list_systems)
 app.command("convert")(convert.convert)
 

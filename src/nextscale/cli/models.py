@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,6 +83,36 @@ def _millions(config: SystemConfig) -> str:
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     rest = sum(p.numel() for p in system.parameters()) - tokenizer
     return f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
+
+
+def list_hooks(
+    name: Annotated[str | None, typer.Argument(help="Show one, with its settings.")] = None,
+) -> None:
+    """List what --hook and nextscale.hook take, or show one: what it does and its settings.
+
+    \b
+    Examples:
+      nextscale hooks
+      nextscale hooks fastvar
+    """
+    from dataclasses import MISSING, fields
+    from inspect import cleandoc
+
+    from nextscale.registry import hooks, import_target
+
+    known = hooks()
+    if name is None:
+        width = max(map(len, known), default=0)
+        for slug in sorted(known):
+            typer.echo(f"{slug:{width}s}  {cleandoc(import_target(known[slug]).__doc__ or '').splitlines()[0]}")
+        return
+    if name not in known:
+        raise InputError(f"unknown hook {name!r}{did_you_mean(name, known, '; `nextscale hooks` lists them')}")
+    kind: Any = import_target(known[name])
+    typer.echo(f"{cleandoc(kind.__doc__ or '')}\n")
+    for field in fields(kind):
+        default = "" if field.default is MISSING else f" = {field.default!r}"
+        typer.echo(f"{field.name}: {field.type}{default}")
 
 
 def list_systems(

@@ -74,6 +74,11 @@ OwnSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Another setting of the model's, as in iterations=16. May be repeated."),
 ]
+Hooks = Annotated[
+    list[str] | None,
+    typer.Option("--hook", help="Something to act on the run, as in 'fastvar ratio=0.5'. May be repeated; the first "
+                 "acts innermost. `nextscale hooks` lists them."),
+]
 PurposeOption = Annotated[Purpose, typer.Option("--purpose", help="Which published settings to start from.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="bf16 is faster where the machine has it.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
@@ -238,6 +243,29 @@ def fit_picture(image: Image.Image, name: str, size: tuple[int, int], resize: bo
             f"{name} is {image.width}x{image.height} pixels, this model takes {width}x{height}; add --resize to fit it"
         )
     return resize_crop(image, size)
+
+
+def make_hooks(given: list[str] | None) -> list[Any]:
+    """The hooks that were asked for, each as ``name setting=value ...``.
+
+    Raises:
+        InputError: not of that form, unknown names or settings, or settings of another type.
+    """
+    import shlex
+
+    import nextscale
+    from nextscale.cli.train import read_override
+
+    made = []
+    for text in given or []:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise InputError(f"--hook {text!r}: {error}") from None
+        if not words:
+            raise InputError("--hook is empty; name a hook, as in --hook fastvar")
+        made.append(nextscale.hook(words[0], **dict(read_override(word) for word in words[1:])))
+    return made
 
 
 def provenance(model: str, settings: dict[str, Any], labels: Sequence[Any], seeds: Sequence[int]) -> dict[str, Any]:

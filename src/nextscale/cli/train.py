@@ -240,7 +240,7 @@ def read_override(text: str) -> tuple[str, Any]:
 
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise InputError(f"--set {text!r} is not of the form key=value, as in train.steps=2000")
+        raise InputError(f"{text!r} is not of the form key=value, as in train.steps=2000")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -13,7 +13,7 @@ from nextscale.heads.categorical import Filter, Guidance, token_log_prob
 from nextscale.objectives.teacher_forcing import teacher_forcing_call
 from nextscale.plan import Plan
 from nextscale.run import At, Condition
-from nextscale.sampling.steps import Model, hooked
+from nextscale.sampling.steps import Model, hooked, prepare
 
 
 class LogProb(NamedTuple):
@@ -33,8 +33,10 @@ def score(model: Model, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Te
           hooks: Sequence[Hook] = ()) -> LogProb:
     """Log-probability of every token under teacher forcing; equals what the step loop gives the same tokens.
 
-    tokens: (B, L_k) a step; reads: the steps' inputs, as ``pyramid.replay`` gives them.
+    tokens: (B, L_k) a step; reads: the steps' inputs, as ``pyramid.replay`` gives them. Raises InputError where a hook
+    can't act in this pass.
     """
+    prepare(model, plan, hooks)
     outputs = model.head.outputs(hidden_states(model, plan, reads, condition, branches, hooks), branches)
     guidance, filters = hooked(guidance, filters, hooks)
     parts = []

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nextscale.context import Context, Hook, overrides
 from nextscale.heads.categorical import Filter, Guidance
+from nextscale.plan import Plan
 from nextscale.run import At, Call, Run, Sample
 
 
@@ -27,9 +28,10 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
     ``soft`` writes code vectors instead of sampled codes; ``until``: step before which to stop; ``check``: test the
     visibility promises as it goes.
     """
+    prepare(model, run.plan, hooks)
     guidance, filters = hooked(guidance, filters, hooks)
     kwargs = {} if soft is None else {"soft": soft}
-    last = len(run.plan) if until is None else min(until, len(run.plan))
+    last = walked(run.plan, hooks) if until is None else min(until, walked(run.plan, hooks))
     while run.cursor < last:
         call: Call = model.generator.call(run)
         for hook in hooks:
@@ -42,6 +44,17 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
         for hook in hooks:
             hook.end(run, run.cursor - 1)
         yield run
+
+
+def prepare(model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
+    """Raises InputError where a hook can't act on a model or plan, or beside the others."""
+    for hook in hooks:
+        hook.prepare(model, plan, hooks)
+
+
+def walked(plan: Plan, hooks: Sequence[Hook]) -> int:
+    """How many of a plan's steps a loop walks under some hooks."""
+    return min((hook.steps(plan) for hook in hooks), default=len(plan))
 
 
 def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),

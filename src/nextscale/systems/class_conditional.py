@@ -39,7 +39,7 @@ from nextscale.sampling.generation import (
 )
 from nextscale.sampling.guidance import Guidance, make_guidance
 from nextscale.sampling.score import LogProb, score
-from nextscale.sampling.steps import sample_steps
+from nextscale.sampling.steps import sample_steps, walked
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
@@ -312,7 +312,7 @@ class ClassConditionalSystem(nn.Module):
         plan = self.plan_for(used, schedule)
         began, parts, stopped = time.perf_counter(), [], False
         pieces = list(chunks(len(rows), batch_size))
-        with Progress(len(pieces) * len(plan), "drawing", progress) as bar:
+        with Progress(len(pieces) * walked(plan, hooks), "drawing", progress) as bar:
             for piece in pieces:
                 run = None
                 for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
@@ -344,7 +344,7 @@ class ClassConditionalSystem(nn.Module):
         noise = Keyed.from_seeds(picture_seeds(len(rows), seed, seeds), self.device)
         plan = self.plan_for(used, schedule)
         for run in self._steps(rows, noise, used, guidance, hooks, plan):
-            yield Preview(run.cursor - 1, len(plan), convert(self.tokenizer.decode(run.canvas), output), run)
+            yield Preview(run.cursor - 1, walked(plan, hooks), convert(self.tokenizer.decode(run.canvas), output), run)
 
     def settings_for(self, purpose: str, changes: dict[str, Any]) -> Any:
         """Published settings for a purpose, with changes."""
@@ -384,7 +384,8 @@ class ClassConditionalSystem(nn.Module):
     @torch.no_grad()
     def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
              seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
-             progress: bool | None = None, schedule: Schedule | None = None, **settings: Any) -> Generation:
+             progress: bool | None = None, schedule: Schedule | None = None, hooks: Sequence[Hook] = (),
+             **settings: Any) -> Generation:
         """Redraw a region without training: in- and outpainting, or another class inside a region.
 
         pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. Tokens of untouched cells
@@ -395,12 +396,12 @@ class ClassConditionalSystem(nn.Module):
         plan = self.plan_of(schedule)
         keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), plan.grid), plan)
         forced = editing.ForcedTokens(self.encode(pictures, schedule), keep)
-        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[forced],
+        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[*hooks, forced],
                              batch_size=len(pictures), progress=progress, output=output, schedule=schedule, **settings)
 
     @torch.no_grad()
     def enlarge(self, pictures: Tensor, labels: Sequence[Label] | Label = None, *, scales: int | None = None,
-                **options: Any) -> Generation:
+                hooks: Sequence[Hook] = (), **options: Any) -> Generation:
         """Super-resolution without training: the coarse scales are those of small pictures, the others are drawn.
 
         pictures: (B, 3, h, w) in [-1, 1], resized to the model's size before they are encoded; scales: how many of
@@ -417,7 +418,7 @@ class ClassConditionalSystem(nn.Module):
         whole = resize(pictures.to(self.device), (height, width), "bicubic").clamp(-1, 1)
         keep = editing.keep_first(plan, scales, len(pictures), self.device)
         forced = editing.ForcedTokens(self.encode(whole, options.get("schedule")), keep)
-        return self.generate(labels, len(pictures), hooks=[forced], **{**options, "batch_size": len(pictures)})
+        return self.generate(labels, len(pictures), hooks=[*hooks, forced], **{**options, "batch_size": len(pictures)})
 
     def check_edit(self, pictures: Tensor, redraw: Tensor) -> None:
         """Raises InputError where pictures or masks of an edit are not of the model's size."""

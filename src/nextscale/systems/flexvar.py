@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassTable
+from nextscale.context import Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.flexvar import FlexVARGenerator, FlexVARGeneratorConfig
 from nextscale.generators.var import initialise
@@ -146,7 +147,7 @@ class FlexVAR(ClassConditionalSystem):
 
     @torch.no_grad()
     def refine(self, pictures: Tensor, labels: Any = None, *, schedule: Schedule | None = None,
-               **options: Any) -> Generation:
+               hooks: Sequence[Hook] = (), **options: Any) -> Generation:
         """Image to image: scales up to the size of ``pictures`` (B, 3, h, w) in [-1, 1] are theirs, the rest is drawn.
 
         Small pictures are enlarged with new detail; pictures of full size come back through the tokenizer. ``options``
@@ -164,7 +165,7 @@ class FlexVAR(ClassConditionalSystem):
         tokens = [quantise(resize(latent, plan.steps[k].grid, "area")) for k in given]
         tokens += [tokens[0].new_zeros(len(pictures), step.rows) for step in plan.steps[len(given):]]
         keep = [torch.full_like(found, k < len(given), dtype=torch.bool) for k, found in enumerate(tokens)]
-        return self.generate(labels, len(pictures), schedule=schedule, hooks=[ForcedTokens(tokens, keep)],
+        return self.generate(labels, len(pictures), schedule=schedule, hooks=[*hooks, ForcedTokens(tokens, keep)],
                              batch_size=len(pictures), **options)
 
     # Training

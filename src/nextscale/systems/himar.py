@@ -227,7 +227,8 @@ class HiMAR(MAR):
     # Editing
 
     def redrawn(self, labels_Bn: Tensor, given: Sequence[Tensor], known: Sequence[Tensor], noise: Noise,
-                used: HiMARSettings) -> list[Tensor]:  # type: ignore[override]
+                used: HiMARSettings,  # type: ignore[override]
+                hooks: Sequence[Hook] = ()) -> list[Tensor]:
         """Tokens of both maps, those that aren't known (B, L) drawn anew; as many are known in every picture."""
         counts, lengths = [int(k[0].sum()) for k in known], [k.shape[1] for k in known]
         if counts[1] == lengths[1]:
@@ -244,12 +245,12 @@ class HiMAR(MAR):
         run = self.start(labels_Bn, guidance, noise, plan, torch.cat(orders, 1))
         at = [0] if counts[0] else []
         at += [steps.index(Step(grids[1], count=counts[1]))] if counts[1] else []
-        for _ in self._given(run, at, given, guidance, used):
+        for _ in self._given(run, at, given, guidance, used, hooks):
             pass
         return self.tokens_of(run)
 
     def _given(self, run: Run, at: Sequence[int], given: Sequence[Tensor], guidance: Guidance,
-               used: HiMARSettings) -> Iterator[Run]:
+               used: HiMARSettings, hooks: Sequence[Hook] = ()) -> Iterator[Run]:
         """A run through its loop, in which the steps ``at`` are given."""
         while not run.done:
             if run.cursor in at:
@@ -258,7 +259,7 @@ class HiMAR(MAR):
                 tokens = given[0 if step.grid == self.generator.small else 1]
                 run.force(take(tokens, cells[..., 1] * step.grid[1] + cells[..., 2], tokens))
             else:
-                yield next(self.sampled(run, guidance, used))
+                yield next(self.sampled(run, guidance, used, hooks))
 
     # Training
 

@@ -133,7 +133,8 @@ class MAR(ContinuousSystem):
     @torch.no_grad()
     def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
              seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
-             progress: bool | None = None, schedule: Schedule | None = None, **settings: Any) -> Generation:
+             progress: bool | None = None, schedule: Schedule | None = None, hooks: Sequence[Hook] = (),
+             **settings: Any) -> Generation:
         """Redraw a region: the tokens of untouched cells are known from the start, and those of the others are drawn
         in a random order, in no more iterations than there are. Arguments as ``ClassConditionalSystem.edit`` has them.
         """
@@ -148,20 +149,20 @@ class MAR(ContinuousSystem):
         for same in sorted(set(counts)):  # pictures with as many known cells share their steps
             here = [i for i, found in enumerate(counts) if found == same]
             noise = Keyed.from_seeds([all_seeds[i] for i in here], self.device)
-            found = self.redrawn(rows[here], [t[here] for t in given], [k[here] for k in known], noise, used)
+            found = self.redrawn(rows[here], [t[here] for t in given], [k[here] for k in known], noise, used, hooks)
             for tokens, new in zip(drawn, found, strict=True):
                 tokens[here] = new
         return Generation(convert(self.decode(drawn), output), drawn, None, all_seeds,
                           [self.label_names(row) for row in rows], used, _now() - began)
 
     def enlarge(self, pictures: Tensor, labels: Sequence[Label] | Label = None, *, scales: int | None = None,
-                **options: Any) -> Generation:
+                hooks: Sequence[Hook] = (), **options: Any) -> Generation:
         """Raises InputError: no step takes a small picture's tokens for the ones behind it to refine."""
         raise InputError(f"{type(self).__name__} can't enlarge: it has no scales to give; resize the picture and "
                          "`edit` it")
 
     def redrawn(self, labels_Bn: Tensor, given: Sequence[Tensor], known: Sequence[Tensor], noise: Noise,
-                used: MARSettings) -> list[Tensor]:
+                used: MARSettings, hooks: Sequence[Hook] = ()) -> list[Tensor]:
         """Tokens of every scale, those that aren't known (B, L) drawn anew; as many are known in every picture."""
         (tokens,), (known_BL,), grid = given, known, self.plan.grid
         count, length = int(known_BL[0].sum()), known_BL.shape[1]
@@ -173,7 +174,7 @@ class MAR(ContinuousSystem):
         run = self.start(labels_Bn, guidance, noise, steps, order)
         if count:
             run.force(take(tokens, self.generator.raster(order[:, :count]), tokens))
-        *_, last = self.sampled(run, guidance, used)
+        *_, last = self.sampled(run, guidance, used, hooks)
         return self.tokens_of(last)
 
     # Training

@@ -112,12 +112,12 @@ class XAR(ContinuousSystem):
     # Editing
 
     def enlarge(self, pictures: Tensor, labels: Sequence[Label] | Label = None, *, scales: int | None = None,
-                **options: Any) -> Generation:
+                hooks: Sequence[Hook] = (), **options: Any) -> Generation:
         """As ``ClassConditionalSystem.enlarge``. Raises InputError where entities are no scales."""
         if self.config.generator.entity != "scale":
             raise InputError(f"xAR over entities {self.config.generator.entity!r} can't enlarge: it has no scales to "
                              "give; resize the picture and `edit` it")
-        return super().enlarge(pictures, labels, scales=scales, **options)
+        return super().enlarge(pictures, labels, scales=scales, hooks=hooks, **options)
 
     # Training
 
