@@ -5,9 +5,9 @@
     python experiments/control_agreement.py measure car scalar --count 256
     python experiments/control_agreement.py cost
 
-``train`` trains the control part alone, the base stays as it ships. ``measure`` draws one picture for every one of
-some held-out pictures, with their labels and edges, and takes Canny's edges from it: F1 against the picture's own
-edges, and against those of another picture (shuffled). The same for pictures drawn by the shuffled edges, by none, and
+``train`` trains the control part alone, the base stays as it ships; minutes are of the processor's time. ``measure``
+draws one picture for every one of some held-out pictures, with their labels and edges, and takes Canny's edges from
+it: F1 against the picture's own edges, and against those of another picture (shuffled). The same for pictures drawn by the shuffled edges, by none, and
 for the held-out pictures through the tokenizer, which no sample can be expected to beat. It also gives held-out nats a
 token with the true, the shuffled and no control. ``cost`` counts multiplications of one training pass of a picture.
 """
@@ -44,7 +44,7 @@ RUNS = ROOT / "runs" / "control"
 def train(system: str, minutes: float, steps: int | None, runs: Path) -> None:
     """Train a system's control, from where an earlier training stopped; both learn from one token cache."""
     recipe = read_recipe(f"emoji-64-{system}")
-    recipe["train"] |= {"minutes": minutes, **({} if steps is None else {"steps": steps})}
+    recipe["train"] |= {"minutes": minutes, "clock": "processor", **({} if steps is None else {"steps": steps})}
     if not (runs / "tokens" / "train" / "manifest.json").is_file():
         make_tokens(recipe, runs)
     recipe["tokens"] = str(runs / "tokens")

@@ -1,18 +1,19 @@
 """Control maps: what is taken from a picture to steer where things are in another one.
 
 A map is uint8, of the picture's size. ``canny`` and ``edges`` need the picture alone; ``mask`` and ``distance`` need a
-set whose pictures have alpha masks. Maps are made from the very crop that they go with.
+set whose pictures have alpha masks. Maps are made, by OpenCV, from the very crop that they go with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from nextscale.errors import InputError, did_you_mean
+from nextscale.errors import InputError, MissingExtraError, did_you_mean
 
 __all__ = ["CONTROLS", "Control", "check_kinds", "make_controls", "plane_count", "planes_of"]
 
@@ -29,73 +30,49 @@ class Control:
     alpha: bool = False
 
 
-def gradients(pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel derivatives across and down, int32 (B, 3, H, W), borders repeated."""
-    x = np.pad(pixels[:, :3].astype(np.int32), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    down = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
-    across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
-    return down[..., 2:] - down[..., :-2], across[:, :, 2:] - across[:, :, :-2]
+def extractors() -> Any:
+    """OpenCV, which has the usual extractors. Raises MissingExtraError where it isn't installed."""
+    try:
+        import cv2
+    except ModuleNotFoundError:
+        raise MissingExtraError("opencv-python-headless", "control", "make control maps of pictures") from None
+    return cv2
+
+
+def each(pixels: Pixels, make: Callable[[Any, np.ndarray], np.ndarray]) -> np.ndarray:
+    """``make(cv2, picture (H, W, 3)) -> (H, W)`` of every picture, rounded to uint8 (B, 1, H, W)."""
+    cv2 = extractors()
+    found = [make(cv2, np.ascontiguousarray(one[:3].transpose(1, 2, 0))) for one in pixels]
+    return np.clip(np.rint(np.stack(found)), 0, 255).astype(np.uint8)[:, None]
 
 
 def edges(pixels: Pixels) -> np.ndarray:
-    """Strength of the gradient of the channel where it is strongest, sqrt(x^2 + y^2) / 4."""
-    x, y = gradients(pixels)
-    strength = np.sqrt((x * x + y * y).max(1, keepdims=True)) / 4
-    return np.minimum(np.rint(strength), 255).astype(np.uint8)
+    """Strength of Sobel's gradient of the channel where it is strongest, sqrt(x^2 + y^2) / 4."""
+    def make(cv2: Any, picture: np.ndarray) -> np.ndarray:
+        x, y = (cv2.Sobel(picture, cv2.CV_32F, *order, borderType=cv2.BORDER_REPLICATE) for order in ((1, 0), (0, 1)))
+        strongest: np.ndarray = np.hypot(x, y).max(-1) / 4
+        return strongest
+
+    return each(pixels, make)
 
 
 def canny(pixels: Pixels, low: int = 100, high: int = 200) -> np.ndarray:
-    """Canny's edges (1986), 0 or 255: ridges of the gradient above ``high``, and those above ``low`` that touch them.
-
-    The usual rule for colour pictures: |x| + |y| of the strongest channel, thinned along one of four directions.
-    """
-    x, y = gradients(pixels)
-    size = np.abs(x) + np.abs(y)
-    channel = size.argmax(1)[:, None]
-    x, y, size = (np.take_along_axis(one, channel, 1)[:, 0] for one in (x, y, size))
-    around = np.pad(size, ((0, 0), (1, 1), (1, 1)))
-
-    def at(down: int, right: int) -> np.ndarray:
-        return around[:, 1 + down:around.shape[1] - 1 + down, 1 + right:around.shape[2] - 1 + right]
-
-    steep, flat = np.abs(y) > np.abs(x) * np.tan(np.pi * 3 / 8), np.abs(y) < np.abs(x) * np.tan(np.pi / 8)
-    ridge = np.where(flat, (size > at(0, -1)) & (size >= at(0, 1)), (size > at(-1, 0)) & (size >= at(1, 0)))
-    falling, rising = (size > at(-1, -1)) & (size > at(1, 1)), (size > at(-1, 1)) & (size > at(1, -1))
-    ridge = np.where(flat | steep, ridge, np.where(x * y >= 0, falling, rising))
-    weak, found = ridge & (size > low), ridge & (size > high)
-    while True:
-        grown = _dilated(found) & weak
-        if (grown == found).all():
-            return (found[:, None] * np.uint8(255)).astype(np.uint8)
-        found = grown
-
-
-def _dilated(mask: np.ndarray) -> np.ndarray:
-    """Booleans (B, H, W) and all eight neighbours of what is true."""
-    wide = np.pad(mask, ((0, 0), (0, 0), (1, 1)))
-    wide = wide[..., :-2] | wide[..., 1:-1] | wide[..., 2:]
-    high = np.pad(wide, ((0, 0), (1, 1), (0, 0)))
-    return high[:, :-2] | high[:, 1:-1] | high[:, 2:]
+    """Canny's edges (1986) of a colour picture, 0 or 255, with the thresholds that are usual for control."""
+    return each(pixels, lambda cv2, picture: cv2.Canny(picture, low, high))
 
 
 def lines(pixels: Pixels) -> np.ndarray:
     """A line drawing: how much darker a pixel is than what surrounds it, a difference of two Gaussians."""
-    grey = pixels[:, :3].mean(1)
     side = min(pixels.shape[-2:]) / 64
-    darker = _blurred(grey, 1.6 * side) - _blurred(grey, 0.6 * side)
-    return np.clip(np.rint(darker * 4), 0, 255).astype(np.uint8)[:, None]
 
+    def make(cv2: Any, picture: np.ndarray) -> np.ndarray:
+        grey = picture.mean(-1, dtype=np.float32)
+        wide, narrow = (cv2.GaussianBlur(grey, (0, 0), sigma * side, borderType=cv2.BORDER_REPLICATE)
+                        for sigma in (1.6, 0.6))
+        darker: np.ndarray = 4 * (wide - narrow)
+        return darker
 
-def _blurred(grey: np.ndarray, sigma: float) -> np.ndarray:
-    reach = max(1, round(3 * sigma))
-    weights = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * sigma**2))
-    weights /= weights.sum()
-    x = grey.astype(np.float64)
-    for axis in (1, 2):
-        wide = np.pad(x, [(reach, reach) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        size = x.shape[axis]
-        x = sum(w * np.take(wide, range(i, i + size), axis) for i, w in enumerate(weights))
-    return x
+    return each(pixels, make)
 
 
 def mask(pixels: Pixels) -> np.ndarray:
@@ -104,25 +81,13 @@ def mask(pixels: Pixels) -> np.ndarray:
 
 
 def distance(pixels: Pixels) -> np.ndarray:
-    """A depth-like map: the distance to the nearest pixel outside the mask, 255 at the picture's largest."""
-    inside = pixels[:, 3] > 127
-    found = np.stack([_distances(one) for one in inside])
-    largest = np.maximum(found.max((1, 2), keepdims=True), 1e-9)
-    return np.rint(found / largest * 255).astype(np.uint8)[:, None]
-
-
-def _distances(inside: np.ndarray) -> np.ndarray:
-    """Euclidean distance (H, W) of every pixel that is inside to the nearest that isn't; the border is outside."""
-    padded = np.pad(inside, 1)
-    height, width = padded.shape
-    # Exact and separable: the nearest outside pixel of every column first, then the best column of every row.
-    gaps = np.zeros((height, width), dtype=np.int64)
-    for row in range(1, height):
-        gaps[row] = np.where(padded[row], gaps[row - 1] + 1, 0)
-    for row in range(height - 2, -1, -1):
-        gaps[row] = np.minimum(gaps[row], gaps[row + 1] + 1)
-    across = (np.arange(width)[:, None] - np.arange(width)[None]) ** 2
-    return np.sqrt(np.stack([(own**2 + across).min(1) for own in gaps]))[1:-1, 1:-1]
+    """A depth-like map: the distance to the nearest pixel outside the mask or the picture, 255 at the largest."""
+    cv2, found = extractors(), []
+    for inside in pixels[:, 3] > 127:
+        padded = np.pad(inside, 1).astype(np.uint8)
+        far = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+        found.append(far / max(far.max(), 1e-9) * 255)
+    return np.rint(np.stack(found)).astype(np.uint8)[:, None]
 
 
 def small(pixels: Pixels) -> np.ndarray:
