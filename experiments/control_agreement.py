@@ -7,9 +7,10 @@
 
 ``train`` trains the control part alone, the base stays as it ships; minutes are of the processor's time. ``measure``
 draws one picture for every one of some held-out pictures, with their labels and edges, and takes Canny's edges from
-it: F1 against the picture's own edges, and against those of another picture (shuffled). The same for pictures drawn by the shuffled edges, by none, and
-for the held-out pictures through the tokenizer, which no sample can be expected to beat. It also gives held-out nats a
-token with the true, the shuffled and no control. ``cost`` counts multiplications of one training pass of a picture.
+it: F1 against the picture's own edges, and against those of another picture (shuffled). The same for pictures drawn by
+the shuffled edges, by none, and for the held-out pictures through the tokenizer, which no sample can be expected to
+beat. It also gives held-out nats a token with the true, the shuffled and no control. ``cost`` counts multiplications
+of one training pass of a picture.
 """
 from __future__ import annotations
 
