@@ -319,12 +319,27 @@ def test_the_command_line_trains_a_tower_on_a_trained_var_and_draws_by_it(
     photo = next((tmp_path / "pictures" / "class0").iterdir())
     draw = ["generate", "--model", "car/model", "--label", "1", "--out", "a.png", "--control", str(photo)]
     assert main.run(draw) == 0 and main.run([*draw, "--control-kind", "edges"]) == 0
+    edit = ["edit", "--model", "car/model", "--picture", str(photo), "--resize", "--box", "0,0,8,8", "--label", "1"]
+    assert main.run([*edit, "--out", "b.png"]) == 0
+    assert main.run([*edit, "--out", "c.png", "--control", str(photo), "--control-kind", "edges"]) == 0
+    assert (tmp_path / "b.png").read_bytes() != (tmp_path / "c.png").read_bytes()
     capsys.readouterr()
     assert main.run([*draw, "--control-kind", "canny"]) == 2
     assert "this model takes edges" in capsys.readouterr().err
     assert main.run(["generate", "--model", "base", "--label", "1", "--out", "a.png", "--control", str(photo)]) == 2
     assert "no picture steers a var" in capsys.readouterr().err
-    assert main.run([*command, "--out", "again", "--set", "start=car/model"]) == 0
+    # The model's own tokenizer is the one that made the tokens, to the bit.
+    again = ["start=car/model", "tokens=car/tokens"]
+    assert main.run([*command, "--out", "again", *(part for one in again for part in ("--set", one))]) == 0
+    small = ["--set", "data.size=16", "--set", "train.precision=fp32", "--set", "base_precision=fp32", "--set",
+             "train.steps=2", "--set", "train.batch_size=4", "--set", "train.sample_every=0"]
+    assert main.run(["train", "finetune", "--model", "car/model", "--data", "pictures", "--lora-rank", "2", "--out",
+                     "tuned", *small]) == 0
+    tuned, maps = nextscale.load("tuned/model"), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.generator.parameters(), trained.generator.parameters(),
+                                                     strict=True))
+    assert (tmp_path / "tuned" / "samples" / "control.png").is_file()
+    assert tuned.generate([1], control=maps, progress=False).images
     own = ["train", "generator", "--system", "car", *command[4:]]
     assert main.run([*own, "--out", "own"]) == 0
     save_tokenizer(tiny(seed=3).tokenizer, tmp_path / "other")

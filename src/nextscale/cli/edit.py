@@ -46,8 +46,11 @@ def edit(
     hook: options.Hooks = None,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
+    control: options.Control = None,
+    control_kind: options.ControlKind = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
+    control_weights: options.ControlWeights = None,
 ) -> None:
     """Draw a region of a picture anew, or the world around it, without any training.
 
@@ -78,7 +81,9 @@ def edit(
     hooks = options.make_hooks(hook)
     image = open_image(picture)
     region = _region(image, mask, box)
-    system = options.open_model(model, precision, device, weights, tokenizer_weights)
+    options.check_control(control, control_kind, model, control_weights)
+    system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights)
+    steered = options.read_control(control, control_kind, system)
     size = system.tokenizer.picture_size
     image = options.fit_picture(image, str(picture), size, resize)
     if region is None:
@@ -96,6 +101,7 @@ def edit(
         seed=seed,
         output="numpy",
         hooks=hooks,
+        **steered,
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system),
     )
@@ -108,6 +114,8 @@ def edit(
     region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint}
     settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste}
     settings |= {"precision": precision.value, **asdict(drawn.settings), **({"hooks": hook} if hook else {})}
+    if control is not None:
+        settings |= {"control": control.name, "control_kind": control_kind}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)
     written = Image.fromarray(results[0]) if count == 1 else board(results, min(count, 8))
     pictures_out.write_png(written, out, about)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nextscale.cli import options
-from nextscale.errors import InputError, WeightsError
+from nextscale.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,14 +68,8 @@ def generate(
     device: options.Device = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
     schedule: options.Grids = None,
-    control: Annotated[
-        Path | None, typer.Option("--control", help="A control map that says where things are, for car and scalar.")
-    ] = None,
-    control_kind: Annotated[
-        str | None,
-        typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, ...",
-                     show_default="it is a map"),
-    ] = None,
+    control: options.Control = None,
+    control_kind: options.ControlKind = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,
@@ -99,15 +93,10 @@ def generate(
     kind = pictures_out.out_kind(out)
     pictures_out.check_writable(out, folder=kind == "folder")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
-    if control is None and control_kind is not None:
-        raise InputError("--control-kind was given without --control; name a picture")
-    if control is not None and options.needs_weights(model) and control_weights is None:
-        raise WeightsError(
-            f"{model} comes without weights of its control; give --control-weights, or a folder as --model"
-        )
+    options.check_control(control, control_kind, model, control_weights)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights)
     hooks = options.make_hooks(hook)
-    steered = {} if control is None else options.read_control(control, control_kind, system)
+    steered = options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)
     labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
     frames: dict[int, list[np.ndarray]] = {}

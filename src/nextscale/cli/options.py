@@ -92,6 +92,14 @@ TokenizerWeights = Annotated[
 ControlWeights = Annotated[
     str | None, typer.Option("--control-weights", help="The published control of a published car size.")
 ]
+Control = Annotated[
+    Path | None, typer.Option("--control", help="A control map that says where things are, for car and scalar.")
+]
+ControlKind = Annotated[
+    str | None,
+    typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, ...",
+                 show_default="it is a map"),
+]
 Resize = Annotated[bool, typer.Option("--resize", help="Fit pictures to the model's size (cut to its shape).")]
 
 
@@ -194,13 +202,30 @@ def read_label(text: str, system: Any) -> Any:
     return found
 
 
-def read_control(path: Path, kind: str | None, system: Any) -> dict[str, Any]:
-    """What ``generate`` takes of a control: the map in a file, or what ``kind`` makes of the picture in it, fitted to
-    the model's size.
+def check_control(path: Path | None, kind: str | None, model: str, weights: str | None) -> None:
+    """Before a model is opened.
+
+    Raises:
+        InputError: a kind without a picture.
+        WeightsError: a published size without its control's weights.
+    """
+    if path is None and kind is not None:
+        raise InputError("--control-kind was given without --control; name a picture")
+    if path is not None and needs_weights(model) and weights is None:
+        raise WeightsError(
+            f"{model} comes without weights of its control; give --control-weights, or a folder as --model"
+        )
+
+
+def read_control(path: Path | None, kind: str | None, system: Any) -> dict[str, Any]:
+    """What ``generate`` and ``edit`` take of a control: the map in a file, or what ``kind`` makes of the picture in
+    it, fitted to the model's size; nothing where there is no file.
 
     Raises:
         InputError: the model takes none, the file is no picture, or the kind is unknown or not the model's.
     """
+    if path is None:
+        return {}
     import numpy as np
     import torch
 

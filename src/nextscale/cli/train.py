@@ -115,6 +115,7 @@ def finetune(
     ] = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
+    control_weights: options.ControlWeights = None,
     resume: Resume = False,
     set_: Overrides = None,
 ) -> None:
@@ -130,7 +131,8 @@ def finetune(
     from nextscale.training.recipes import read_recipe
 
     changes = _changes(data, set_)
-    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights, "lora.rank": lora_rank}
+    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights,
+             "control_weights": control_weights, "lora.rank": lora_rank}
     changes.update({key: value for key, value in given.items() if value is not None})
     _train(train_finetune, read_recipe(recipe), changes, out, resume, out / "model")
 
@@ -157,6 +159,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
+    control_weights: options.ControlWeights = None,
     dtype: Annotated[
         options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
     ] = options.Precision.bf16,
@@ -169,7 +172,7 @@ def merge(
     from nextscale.training.finetune_recipe import merge_adapters
 
     _check_new(out)
-    merge_adapters(model, adapters, out, dtype.value, weights, tokenizer_weights)
+    merge_adapters(model, adapters, out, dtype.value, weights, tokenizer_weights, control_weights)
     typer.echo(f"{out}: done")
 
 

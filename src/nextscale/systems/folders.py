@@ -27,14 +27,19 @@ def system_type(slug: str) -> type[ClassConditionalSystem]:
     return found
 
 
-def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torch.bfloat16,
+         tokenizer_dtype: torch.dtype | None = None) -> None:
     """Write ``config.json``, ``tokenizer.safetensors``, ``generator.safetensors`` and a file for every further part
-    into a folder, in ``dtype`` where nothing must stay in float32."""
+    into a folder, in ``dtype`` where nothing must stay in float32.
+
+    tokenizer_dtype: the tokenizer's, where it is another: cached tokens are bound to its weights to the bit.
+    """
     slug = system.config.slug
     for name, module in files_of(system).items():
         exact = {f"{path}.{n}" for path, part in module.named_modules() if getattr(part, "stays_float32", False)
                  for n, _ in part.named_parameters()}
-        tensors = {n: t.to(dtype) if t.is_floating_point() and n not in exact else t
+        to = (tokenizer_dtype or dtype) if name == "tokenizer" else dtype
+        tensors = {n: t.to(to) if t.is_floating_point() and n not in exact else t
                    for n, t in module.state_dict().items()}
         hub.save_tensors(tensors, folder / f"{name}.safetensors", {"system": slug, "part": name})
     hub.save_json({"system": slug, **asdict(system.config)}, folder / "config.json")

@@ -23,6 +23,7 @@ from nextscale.training.adapters import AdapterConfig, AdapterFile
 from nextscale.training.classes import ClassChange, ClassNames, Initial, extend_classes, translate
 from nextscale.training.config import TrainConfig
 from nextscale.training.finetune import FinetuneTask, check_names, choose_trained, train_new_rows
+from nextscale.training.generator_recipe import sheet_of
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.trainer import Trainer, TrainResult
@@ -45,7 +46,8 @@ class ClassRecipe:
 class FinetuneTraining:
     """A fine-tuning's recipe.
 
-    model: a name or a folder; weights and tokenizer_weights: published files for a published size. tokens: folder that
+    model: a name or a folder; weights, tokenizer_weights and control_weights: published files for a published size.
+    tokens: folder that
     ``nextscale tokenize`` made with the model's tokenizer, in the place of the pictures of ``data``. lora.rank 0 trains
     all weights. freeze: parameters that don't train, by name or pattern; train_also: parameters that train beside the
     adapters. base_precision: in which format frozen weights are held while adapters train; full fine-tuning holds all
@@ -56,6 +58,7 @@ class FinetuneTraining:
     model: str = ""
     weights: str | None = None
     tokenizer_weights: str | None = None
+    control_weights: str | None = None
     tokens: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: AdapterConfig = field(default_factory=AdapterConfig)
@@ -93,22 +96,29 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
         check_names(folders.system_type(config.slug)(config), targets, wanted.freeze, wanted.train_also)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-    system = open_base(wanted.model, wanted.weights, wanted.tokenizer_weights)
+    system = open_base(wanted.model, wanted.weights, wanted.tokenizer_weights, wanted.control_weights)
     base = adapters.fingerprint(system)
     device = choose_device(wanted.train.device)
     system.tokenizer.to(device)
-    dataset, held_out = training_tokens(wanted, system.tokenizer, out)
+    control = getattr(system.config, "control", None)
+    kinds: tuple[str, ...] = () if control is None else control.cached
+    dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds)
     change, classes = prepare(system, wanted, dataset.class_names)
     system.to(device)
-    validation = None
+    validation: tuple[Tensor, ...] | None = None
     if held_out is not None:
         labels = translate(held_out.labels, change, system.config.classes)
         validation = (held_out.read(range(len(held_out))), labels)
+        validation += (held_out.read_control(range(len(held_out)), kinds),) if kinds else ()
+    shown, maps = sheet_labels(dataset.labels, change, system), None
+    if kinds:
+        rows, maps = sheet_of(held_out or dataset, kinds)
+        shown = names_of(translate(torch.tensor(rows), change, system.config.classes), system)
     task = FinetuneTask(system, change, base, wanted.train.ema_decay > 0, label_dropout=wanted.label_dropout,
                         part_dropout=wanted.part_dropout, label_smoothing=wanted.label_smoothing,
                         checkpointing=wanted.checkpointing, compile=wanted.compile,
-                        validation=validation, sheet_labels=sheet_labels(dataset.labels, change, system))
-    trainer = Trainer(task, token_loader(dataset, wanted.data, wanted.train), wanted.train, out, resume)
+                        validation=validation, sheet_labels=shown, sheet_control=maps)
+    trainer = Trainer(task, token_loader(dataset, wanted.data, wanted.train, kinds), wanted.train, out, resume)
     result = trainer.train()
     task.adopt(trainer.averaged_modules())
     trained = {name: p for name, p in system.named_parameters() if p.requires_grad}
@@ -119,7 +129,7 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
             about = AdapterFile(base, Path(wanted.model).name, wanted.lora, others, classes)
             adapters.save_adapters(trained, about, out / "adapters")
         adapters.merge(system)
-        folders.save(system, out / "model")
+        folders.save(system, out / "model", tokenizer_dtype=torch.float32)
 
     parallel.on_main(write)
     return result
@@ -155,13 +165,13 @@ def model_config(name: str) -> SystemConfig:
 
 
 def open_base(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
-              device: str = "cpu") -> ClassConditionalSystem:
+              control_weights: str | None = None) -> ClassConditionalSystem:
     """The model to fine-tune, in float32. Raises WeightsError for a published size without its files."""
     published = not Path(name).is_dir() and weights_of(name) == "published"
     if published and not (weights and tokenizer_weights):
         raise WeightsError(f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
                            "`nextscale convert` wrote as --model")
-    system = nextscale.load(name, device=device, tokenizer=tokenizer_weights, generator=weights)
+    system = nextscale.load(name, tokenizer=tokenizer_weights, generator=weights, control=control_weights)
     if not isinstance(system, ClassConditionalSystem):
         raise InputError(f"{name} is a {type(system).__name__}, which fine-tuning does not know")
     return system
@@ -175,21 +185,25 @@ def model_targets(name: str) -> list[tuple[str, int, str, bool]]:
 
 
 def merge_adapters(model: str, folder: Path, out: Path, dtype: str = "bf16", weights: str | None = None,
-                   tokenizer_weights: str | None = None) -> None:
+                   tokenizer_weights: str | None = None, control_weights: str | None = None) -> None:
     """Write the model that saved adapters and their base make, in ``fp32`` or ``bf16``, into a folder.
 
     Raises WeightsError where the adapters are damaged or of another base.
     """
-    system = open_base(model, weights, tokenizer_weights)
+    system = open_base(model, weights, tokenizer_weights, control_weights)
     adapters.load_adapters(system, folder)
     adapters.merge(system)
     with writing_folder(out) as temporary:
         folders.save(system, temporary, torch.float32 if dtype == "fp32" else torch.bfloat16)
 
 
+def names_of(labels_Nn: Tensor, system: Any) -> list[Any]:
+    """Labels of the model as ``generate`` takes them, None where there is none."""
+    sizes = system.config.classes
+    return [tuple(None if i == size else i for i, size in zip(row, sizes, strict=True)) for row in labels_Nn.tolist()]
+
+
 def sheet_labels(labels_Nn: Tensor, change: ClassChange, system: Any, count: int = 32) -> list[Any]:
     """Labels of sample sheets: those of the data, each once before any again, as ``generate`` takes them."""
-    sizes = system.config.classes
-    rows = translate(torch.unique(labels_Nn, dim=0), change, sizes)
-    found = [tuple(None if i == size else i for i, size in zip(row, sizes, strict=True)) for row in rows.tolist()]
+    found = names_of(translate(torch.unique(labels_Nn, dim=0), change, system.config.classes), system)
     return (found * (count // len(found) + 1))[:count] if len(found) < count else found[::len(found) // count][:count]

@@ -93,7 +93,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
         validation += (held_out.read_control(range(len(held_out)), kinds),) if kinds else ()
     labels, maps = _sheet_labels(config), None
     if kinds:
-        labels, maps = _sheet_of(held_out or dataset, kinds)
+        labels, maps = sheet_of(held_out or dataset, kinds)
     system.to(device)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
                          wanted.step_weights, validation, labels, maps, wanted.prefix, wanted.checkpointing,
@@ -103,7 +103,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     result = trainer.train()
     for name, module in trainer.averaged_modules().items():
         setattr(system, name, module)
-    parallel.on_main(lambda: folders.save(system, out / "model"))
+    parallel.on_main(lambda: folders.save(system, out / "model", tokenizer_dtype=torch.float32))
     return result
 
 
@@ -157,7 +157,7 @@ def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
     return found
 
 
-def _sheet_of(pictures: TokenDataset, kinds: tuple[str, ...], count: int = 64) -> tuple[list[Any], Tensor]:
+def sheet_of(pictures: TokenDataset, kinds: tuple[str, ...], count: int = 64) -> tuple[list[Any], Tensor]:
     """Labels and control maps, of the first kind, of pictures spread over a cache."""
     places = torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long()
     maps = pictures.read_control(places.numpy(), kinds[:1])
