@@ -1,24 +1,29 @@
 """Systems side by side on one data set: the same pictures, sizes and minutes, one tokenizer a family.
 
     python experiments/side_by_side.py --data cifar10/train.parquet --test cifar10/test.parquet \\
-        --judge resnet20.safetensors --out runs/side-by-side [--only var-0 hmar ...] [--minutes 10]
+        --judge resnet20.safetensors --out runs/side-by-side [--only var-0 hmar ...] [--minutes 10] [--prepare]
     python experiments/side_by_side.py --costs
 
 Pictures of 32 pixels, grids up to 8x8, generators of about three million parameters. Every family of tokenizers
 (residual codes, drafts, frequency bands, continuous latents) is trained once for ``--tokenizer-minutes`` and its
-tokens are cached once; every generator then trains ``--minutes`` on its family's cache. VAR is trained with three
-seeds: their spread is the noise, and no ranking is made inside it. What is done is skipped, what was stopped goes on.
-Writes ``table.md``. ``--costs`` trains nothing: it draws with random weights and counts what a picture costs.
+tokens are cached once; every generator then trains on its family's cache. VAR is trained with three seeds: their
+spread is the noise, and no ranking is made inside it. What is done is skipped, what was stopped goes on. Writes
+``table.md``. ``--costs`` trains nothing: it draws with random weights and counts what a picture costs.
 
-Minutes are of the processor's time (``clock: processor``), so that arms may run beside other work.
+All generators get the same time of one core: training steps of all of them are timed turn by turn in one process
+(``steps.json``), and each trains as many as fit into ``--minutes``. So nothing else that the machine does while they
+train gives one of them more steps than another; only the timing wants a core of its own. ``--prepare`` stops after it.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from nextscale import hub
 from nextscale.cli import main as command
 from nextscale.configuration import build
 from nextscale.data import open_dataset
+from nextscale.data.token_dataset import TokenDataset
 from nextscale.errors import InputError, NextscaleError, did_you_mean
 from nextscale.evaluation.blocks import Shard
 from nextscale.evaluation.cost import cost_of
@@ -39,7 +45,9 @@ from nextscale.systems import folders
 from nextscale.systems.class_conditional import ClassConditionalSystem
 from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training import read_metrics
+from nextscale.training.generator import GeneratorTask
 from nextscale.training.generator_recipe import GeneratorTraining, system_config, train_generator
+from nextscale.training.task import TrainingStep
 from nextscale.training.tokenizer import TokenizerRecipe
 from nextscale.training.tokenizer_recipe import train_tokenizer
 
@@ -130,22 +138,70 @@ def tokenizer_of(family: str, given: argparse.Namespace) -> Path:
     return out / "tokenizer"
 
 
-def tokens_of(family: str, given: argparse.Namespace) -> Path:
-    """The folder of a family's cached tokens, mirrored versions too."""
-    out: Path = given.out / "tokens" / family
+def tokens_of(arm: Arm, given: argparse.Namespace) -> Path:
+    """The folder of cached tokens for an arm, its family's own or, for Hi-MAR, of two sizes; mirrored versions too."""
+    family, special = arm.family, arm.system == "himar"
+    out: Path = given.out / "tokens" / (f"{family}-{arm.system}" if special else family)
     words = ["tokenize", "--tokenizer", str(tokenizer_of(family, given)), "--data", pictures_of(given),
-             "--out", str(out)]
+             "--out", str(out), *(["--system", arm.system] if special else [])]
     for more in (["--split", "train", "--flips"], ["--split", "validation"]):
         if not (out / more[1] / "manifest.json").is_file() and command.run([*words, *more]):
-            raise InputError(f"tokens of {family} could not be made; see above")
+            raise InputError(f"tokens of {out.name} could not be made; see above")
     return out
 
 
-def run(name: str, arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
+def step_seconds(arms: dict[str, Arm], given: argparse.Namespace, rounds: int = 7) -> dict[str, float]:
+    """Seconds of the processor that a training step of every arm takes, the median of turns."""
+    steps = {}
+    for name, arm in arms.items():
+        dataset = TokenDataset(tokens_of(arm, given) / "train")
+        batch = {"tokens": dataset.read(range(given.batch_size)), "labels": dataset.labels[:given.batch_size]}
+        task = GeneratorTask(untrained(arm), **{key: arm.recipe[key] for key in ("step_weights",) if key in arm.recipe})
+        steps[name] = partial(train_step, task, torch.optim.AdamW(task.parameter_groups("main", 0.05)), batch)
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            torch.manual_seed(turn)
+            began = time.process_time()
+            for _ in range(3):
+                step()
+            if turn:  # the first warms up
+                found[name].append((time.process_time() - began) / 3)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def train_step(task: GeneratorTask, optimiser: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    """One optimiser step, as the trainer does it but for its averages and notes."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = task.loss("main", batch, TrainingStep(0, 1, 0.5, 0, 0))
+    assert loss is not None
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def steps_of(arms: dict[str, Arm], given: argparse.Namespace) -> dict[str, int]:
+    """How many steps each arm trains: what fits into the minutes, timed where it isn't written down yet."""
+    path: Path = given.out / "steps.json"
+    found = hub.read_json(path) if path.is_file() else {}
+    kinds = {name: arm for name, arm in ARMS.items() if not arm.seed}
+    if not found:
+        print(f"timing a training step of {len(kinds)} arms", flush=True)
+        seconds = step_seconds(kinds, given)
+        found = {"seconds": seconds, "minutes": given.minutes}
+        hub.save_json(found, path)
+    if found["minutes"] != given.minutes:
+        raise InputError(f"{path} was made for {found['minutes']} minutes; choose another --out, or remove it")
+    by_system = {kinds[name].system: seconds for name, seconds in found["seconds"].items()}
+    return {name: max(1, round(60 * given.minutes / by_system[arm.system])) for name, arm in arms.items()}
+
+
+def run(name: str, arm: Arm, steps: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train and measure an arm, or read what it gave before."""
     out: Path = given.out / name
     result = out / "result.json"
-    about = json.loads(json.dumps({"arm": asdict(arm), "family": FAMILIES[arm.family], "minutes": given.minutes,
+    about = json.loads(json.dumps({"arm": asdict(arm), "family": FAMILIES[arm.family], "steps": steps,
                                    "pictures": given.pictures, "count": given.count, "batch_size": given.batch_size}))
     if result.is_file():
         found = hub.read_json(result)
@@ -154,12 +210,11 @@ def run(name: str, arm: Arm, given: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: done before")
         return found
     recipe = {"system": arm.system, "tokenizer": str(tokenizer_of(arm.family, given)),
-              "tokens": str(tokens_of(arm.family, given)), "data": data_recipe(given), "generator": arm.generator,
+              "tokens": str(tokens_of(arm, given)), "data": data_recipe(given), "generator": arm.generator,
               "settings": arm.settings, "gate": 0.3, "threads": given.threads, **arm.recipe,
-              "train": {"steps": 10**6, "minutes": given.minutes, "batch_size": given.batch_size,
-                        "learning_rate": 1e-3, "warmup_steps": 50, "final_learning_rate_ratio": 0.02,
-                        "ema_decay": 0.998, "sample_every": 0, "clock": "processor", "checkpoint_every": 500,
-                        "keep_checkpoints": 1, "seed": arm.seed}}
+              "train": {"steps": steps, "batch_size": given.batch_size, "learning_rate": 1e-3, "warmup_steps": 50,
+                        "final_learning_rate_ratio": 0.02, "ema_decay": 0.998, "sample_every": 0,
+                        "checkpoint_every": 200, "keep_checkpoints": 1, "seed": arm.seed}}
     done = train_generator(recipe, out, resume=True)
     if done.stopped == "signal":
         raise InputError(f"stopped in arm {name!r} after step {done.step}; run the same command to go on")
@@ -242,6 +297,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", help="safetensors of the ResNet-20")
     parser.add_argument("--costs", action="store_true", help="train nothing, count what a picture costs")
     parser.add_argument("--out", type=Path, default=Path("runs/side-by-side"))
+    parser.add_argument("--prepare", action="store_true", help="tokenizers, tokens and timing, no arm")
     parser.add_argument("--only", nargs="+", help="these arms alone")
     parser.add_argument("--minutes", type=float, default=10.0, help="of every generator's training")
     parser.add_argument("--tokenizer-minutes", type=float, default=8.0)
@@ -265,15 +321,18 @@ def main(arguments: list[str] | None = None, progress: Callable[[str], None] = p
             return 0
         if not (given.data and given.test and given.judge):
             raise InputError("--data, --test and --judge are needed, or --costs alone")
-        for i, (name, arm) in enumerate(wanted.items()):
-            progress(f"arm {i + 1} of {len(wanted)}: {name} ({arm.system})")
-            run(name, arm, given)
+        for arm in (ARMS if given.prepare else wanted).values():
+            tokens_of(arm, given)
+        steps = steps_of(wanted, given)
+        for i, (name, arm) in enumerate([] if given.prepare else wanted.items()):
+            progress(f"arm {i + 1} of {len(wanted)}: {name} ({arm.system}), {steps[name]} steps")
+            run(name, arm, steps[name], given)
             done = [hub.read_json(path) for other in ARMS if (path := given.out / other / "result.json").is_file()]
             (given.out / "table.md").write_text(table(done), encoding="utf-8")
     except NextscaleError as error:
         print(error, file=sys.stderr)
         return 2
-    print((given.out / "table.md").read_text(encoding="utf-8"))
+    print("prepared" if given.prepare else (given.out / "table.md").read_text(encoding="utf-8"))
     return 0
 
 
