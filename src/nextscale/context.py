@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
-from nextscale.layers.attention import attention, visibility_mask
+from nextscale.layers.attention import attention, by_head, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Rows, Run, Sample
@@ -245,12 +245,11 @@ class Context:
         return self.scratch[key][0]
 
     def _check(self, rows: Rows, keys: Tags, address: str) -> None:
-        seen = rows.visible.sees(rows.step[:, :, None], keys.step[:, None, :])
+        seen = rows.visible.sees(rows.step[:, None, :, None], by_head(keys.step)[:, :, None])
+        hidden = ~seen
         if keys.valid is not None:
-            hidden = ~seen & keys.valid[:, None]
-            seen = seen & keys.valid[:, None]
-        else:
-            hidden = ~seen
+            counts = by_head(keys.valid)[:, :, None]
+            seen, hidden = seen & counts, hidden & counts
         if not rows.masked and bool(hidden.any()):
             raise InputError(f"attention at {address}: rows promised to see everything, but {int(hidden.sum())} "
                              "pairs are hidden by the visibility; set masked=True")
