@@ -99,19 +99,23 @@ class Context:
     """What a network evaluation may ask for besides its weights: memory, hooks, what is constant over the run.
 
     memory None is a pass without memory (training, scoring). ``scratch`` lives for one call. With ``check`` the
-    promise of unmasked rows is tested against their tags. branches: what the batch's rows are, branch-major.
+    promise of unmasked rows is tested against their tags. branches: what the batch's rows are, branch-major. plan and
+    network: what is walked and what is evaluated, for hooks that go by a step's grid or by the layers there are; None
+    where the pass belongs to no run.
     """
 
     def __init__(self, memory: Memory | None = None, hooks: Sequence[Hook] = (), check: bool = False,
-                 branches: Sequence[str] = ("conditional",)):
+                 branches: Sequence[str] = ("conditional",), plan: Plan | None = None, network: Any = None):
         self.memory = memory
         self.check = check
         self.branches = tuple(branches)
+        self.plan, self.network = plan, network
         self._enters = [h for h in hooks if overrides(h, "enter")]
         self.scratch: dict[Any, Any] = {}
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
+        self._offers: dict[str, Callable[[], Tensor]] = {}
 
     def enter(self, call: Call) -> Call:
         """A call as the hooks let it into the network."""
@@ -156,9 +160,29 @@ class Context:
         """
         inner: Attend = lambda q, k, v, rows: self._attend(  # noqa: E731
             address, q, k, v, rows, krows or rows, scale, dropout)
+        if self._attends:
+            self.scratch["scale", address] = q.shape[-1]**-0.5 if scale is None else scale
         for hook in self._attends:
             inner = _wrap_attend(hook, self, address, inner)
-        return inner(q, k, v, rows)
+        out = inner(q, k, v, rows)
+        self._offers = {}
+        return out
+
+    def scale(self, address: str) -> float:
+        """What the scores q k^T of the attention under way at an address are multiplied by, for hooks around it."""
+        found: float = self.scratch["scale", address]
+        return found
+
+    def offer(self, address: str, name: str, make: Callable[[], Tensor]) -> None:
+        """Something of the next attention's own, that a hook around it may ask for (``offered``); made only then."""
+        if self._attends:
+            self._offers = {name: make}
+
+    def offered(self, address: str, name: str) -> Tensor:
+        """What a network offers at an address. Raises InputError where it doesn't."""
+        if name not in self._offers:
+            raise InputError(f"attention at {address}: this network doesn't offer its {name}")
+        return self._offers[name]()
 
     def recur(self, address: str, x: Tensor, rows: Rows, scan: Scan) -> Tensor:
         """A recurrence over rows x (R, L, C): ``scan(x, state) -> y, state`` from the state that the address holds.
