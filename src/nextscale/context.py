@@ -115,7 +115,7 @@ class Context:
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
-        self._offers: dict[str, Callable[[], Tensor]] = {}
+        self._offers: dict[str, tuple[Callable[[], Tensor], Rows]] = {}
 
     def enter(self, call: Call) -> Call:
         """A call as the hooks let it into the network."""
@@ -173,16 +173,22 @@ class Context:
         found: float = self.scratch["scale", address]
         return found
 
-    def offer(self, address: str, name: str, make: Callable[[], Tensor]) -> None:
-        """Something of the next attention's own, that a hook around it may ask for (``offered``); made only then."""
+    def offer(self, name: str, make: Callable[[], Tensor], rows: Rows) -> None:
+        """Something of the next attention's rows, (R, H, L, E), that a hook around it may ask for (``offered``); made
+        only then."""
         if self._attends:
-            self._offers = {name: make}
+            self._offers[name] = (make, rows)
 
-    def offered(self, address: str, name: str) -> Tensor:
-        """What a network offers at an address. Raises InputError where it doesn't."""
+    def offered(self, address: str, name: str, rows: Rows) -> Tensor:
+        """What a network offers of the rows of one step. Raises InputError where it doesn't, or hides these rows."""
         if name not in self._offers:
             raise InputError(f"attention at {address}: this network doesn't offer its {name}")
-        return self._offers[name]()
+        make, of = self._offers[name]
+        step = rows.spans[0].step if rows.spans else None
+        found = [make()[:, :, span.lo:span.hi] for span in of.spans or () if span.step == step]
+        if len(found) != 1 or found[0].shape[2] != len(rows):
+            raise InputError(f"attention at {address}: the {name} of rows that were selected inside of it isn't known")
+        return found[0]
 
     def recur(self, address: str, x: Tensor, rows: Rows, scan: Scan) -> Tensor:
         """A recurrence over rows x (R, L, C): ``scan(x, state) -> y, state`` from the state that the address holds.

@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = unit_heads(qkv, self.scale_1H11.clamp_max(math.log(100.0)).exp())
-        ctx.offer(f"{address}.kv", "bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
-            -1, (self.heads, -1)).transpose(1, 2))
+        ctx.offer("bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
+            -1, (self.heads, -1)).transpose(1, 2), rows)
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
         return self.projection(out.transpose(1, 2).reshape(r, length, c))
 
