@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.errors import InputError
 from nextscale.plan import Step
 from nextscale.run import Rows
 
 Pooling = Literal["max", "average"]
+Scoring = Literal["published", "paper"]
 
 
 def strided(length: int, count: int) -> list[int]:
@@ -72,3 +74,29 @@ def pooled(scores_RHN: Tensor, kernel: int, pooling: Pooling) -> Tensor:
 def best(scores_RHN: Tensor, count: int) -> Tensor:
     """Positions of the ``count`` highest scores, ascending, (R, H, count)."""
     return scores_RHN.topk(count, -1, sorted=False).indices.sort(-1).values
+
+
+def check_share(share: float, kernel: int, who: str) -> None:
+    """Raises InputError where a share or a pooling kernel is none."""
+    if not 0 < share <= 1:
+        raise InputError(f"{who}: share is {share}; it must lie above 0 and be at most 1 (1 keeps everything)")
+    if kernel < 1 or kernel % 2 == 0:
+        raise InputError(f"{who}: kernel is {kernel}; it must be odd")
+
+
+def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: list[int], own: int, kernel: int, pooling: Pooling,
+                  scoring: Scoring, scale: float, hidden: Tensor | None = None) -> Tensor:
+    """Scores (R, H, N) of remembered rows by the window's queries; the window's own rows score infinity, so they stay.
+
+    positions: of the window among the last ``own`` keys, those of the step. published: sum over the queries of
+    scale q k^T; paper: of softmax(scale q k^T), over all keys; either pooled along the keys.
+    """
+    at = k_RHNE.shape[2] - own + torch.tensor(positions, device=k_RHNE.device)
+    if scoring == "paper":
+        scores = probabilities(q_RHQE, k_RHNE, scale, hidden).sum(2)
+    else:
+        scores = scale * (q_RHQE.float().sum(2, keepdim=True) @ k_RHNE.float().transpose(2, 3))[:, :, 0]
+        scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    if pooling == "max":  # the window must not lend its neighbours its own scores; an average would turn infinite
+        scores = scores.index_fill(2, at, -torch.inf)
+    return pooled(scores, kernel, pooling).index_fill(2, at, torch.inf)
