@@ -28,7 +28,10 @@ from nextscale.run import Rows
 Classes = tuple[tuple[bool, ...], ...]
 """Which heads are contextual, layer by layer."""
 
-PRESETS: dict[str, Classes] = {}
+PRESETS: dict[str, Classes] = {
+    "emoji-64": tuple(tuple(mark == "c" for mark in layer) for layer in ("cccc", "cccc", "sssc", "cssc", "sssc", "ssss")),
+}
+"""Contextual (c) and structural (s) heads by layer: the shipped model's (``nextscale calibrate hack --model emoji-64``)."""
 
 
 @dataclass(frozen=True)
