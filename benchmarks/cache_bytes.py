@@ -68,7 +68,8 @@ def main() -> None:
         VARGeneratorConfig(given.layers, given.width, given.heads, shared_modulation=True), (1,))).initialise().eval()
     classes = [[head < given.heads / 2 for head in range(given.heads)]] * given.layers
     full = (0, 0, 0, 0)
-    print("| policy | before the last scale | behind it | pairs scored | most alive |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| policy | before the last scale | behind it | pairs scored | most alive |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for name, hooks in (
             ("none", []),
             ("scalekv, published 10% budgets" if given.layers == 32 else "scalekv share=0.1 drafters=[0]",

@@ -51,9 +51,9 @@ def follow(system: Any, labels: list[Any], tokens: Sequence[Tensor], guidance: G
     """Log-probabilities (B, L, V) along given tokens, and the bytes in memory before the last step."""
     listener = Listener()
     forced = ForcedTokens(tokens, [torch.ones_like(t, dtype=torch.bool) for t in tokens])
-    run = system.start(system.label_rows(labels), guidance, Keyed.from_seeds(range(len(labels))))
+    begun = system.start(system.label_rows(labels), guidance, Keyed.from_seeds(range(len(labels))))
     held = 0
-    for run in system.sampled(run, guidance, system.settings_for("pictures", {}), [*hooks, listener, forced]):
+    for run in system.sampled(begun, guidance, system.settings_for("pictures", {}), [*hooks, listener, forced]):
         held = run.memory.bytes() if run.cursor == len(system.plan) - 1 else held
     return torch.cat(listener.found, 1), held
 

@@ -90,8 +90,9 @@ def test_published_budgets_average_650_rows_at_every_scale_that_has_any(name: st
     assert read_budgets(json.loads(json.dumps(budgets.to_json())), "ours") == budgets
 
 
-@pytest.mark.parametrize(("plan", "layers"), [(INFINITY, 32), (Plan.scales(PLANS[256]), 16), (Plan.scales(PLANS[512]), 36),
-                                              (Plan.scales((1, 2, 3, 4, 6, 8)), 6)], ids=["1M", "256", "512", "emoji"])
+@pytest.mark.parametrize(("plan", "layers"), [
+    (INFINITY, 32), (Plan.scales(PLANS[256]), 16), (Plan.scales(PLANS[512]), 36), (Plan.scales((1, 2, 3, 4, 6, 8)), 6)],
+    ids=["1M", "256", "512", "emoji"])
 @pytest.mark.parametrize("share", [0.1, 0.2])
 def test_the_budget_identity_holds_at_every_step(plan: Plan, layers: int, share: float) -> None:
     uniform = uniform_rows(plan, share)
@@ -102,7 +103,7 @@ def test_the_budget_identity_holds_at_every_step(plan: Plan, layers: int, share:
     for k in needed:
         row = budgets.rows[k]
         assert sum(row) == uniform * layers
-        assert all(0 < n <= held[layer] + plan.steps[k - 1].rows for layer, n in enumerate(row)), "as much as it can hold"
+        assert all(0 < n <= held[layer] + plan.steps[k - 1].rows for layer, n in enumerate(row)), "more than it had"
         assert row[0] > row[1]
         held = list(row)
 

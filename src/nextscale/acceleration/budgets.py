@@ -40,8 +40,8 @@ class Budgets:
     def check(self, plan: Plan, layers: int, who: str) -> None:
         """Raises InputError where these are budgets of another number of steps or layers."""
         if len(self.rows) != len(plan) or self.layers not in (0, layers):
-            raise InputError(f"{who}: the budgets are for {len(self.rows)} steps of {self.layers} layers, this model has "
-                             f"{len(plan)} of {layers}; calibrate it (nextscale calibrate)")
+            raise InputError(f"{who}: the budgets are for {len(self.rows)} steps of {self.layers} layers, this model "
+                             f"has {len(plan)} of {layers}; calibrate it (nextscale calibrate)")
 
     def mean(self, step: int) -> float | None:
         """Rows a layer at a step, on average over the layers."""
@@ -62,8 +62,9 @@ def by_identity(plan: Plan, layers: int, uniform: int, drafters: Drafters = {}, 
     n-th step that needs budgets, n = 0, 1, ..., at least ``least``; drafters share what is left, up to what they can
     hold (what they held, and one map more), and what they can't goes back to the refiners.
     """
-    held, rows, needed = [0] * layers, [], 0
-    for k, step in enumerate(plan):
+    rows: list[tuple[int, ...] | None] = []
+    held, needed = [0] * layers, 0
+    for k in range(len(plan)):
         most = [min(plan.starts[k], rows_held + (plan.steps[k - 1].rows if k else 0)) for rows_held in held]
         if plan.starts[k] <= uniform:
             rows.append(None)

@@ -44,8 +44,8 @@ class SharePolicy(MemoryPolicy):
     def check(self, plan: Plan, layers: int) -> None:
         least = min(self.budget(plan, layers, layer) for layer in (0, layers - 1))
         if least <= self.kept:
-            raise InputError(f"{self.name}: a budget of {least} rows has no room beside the {self.kept} that always stay; "
-                             "raise the share, or have fewer stay")
+            raise InputError(f"{self.name}: a budget of {least} rows has no room beside the {self.kept} that always "
+                             "stay; raise the share, or have fewer stay")
 
     def after(self, ctx: Context, address: str, layer: int, q: Tensor, rows: Rows) -> None:
         budget = self.budget(whole_plan(ctx), len(ctx.network.remembered), layer)
@@ -114,8 +114,8 @@ class PyramidKV(SnapKV):
 
     def check(self, plan: Plan, layers: int) -> None:
         if uniform_rows(plan, self.share) <= self.window or self.budget(plan, layers, layers - 1) < self.window:
-            raise InputError(f"pyramidkv: a mean budget of {uniform_rows(plan, self.share)} rows has no room beside the "
-                             f"window of {self.window}; raise the share, or set a smaller window")
+            raise InputError(f"pyramidkv: a mean budget of {uniform_rows(plan, self.share)} rows has no room beside "
+                             f"the window of {self.window}; raise the share, or set a smaller window")
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ class Measurement(Hook):
 
     def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
         if not getattr(model.generator, "remembered", ()):
-            raise InputError(f"calibration: {type(model.generator).__name__} remembers no keys and values, and attention "
-                             "over them is what is measured; use a model that does")
+            raise InputError(f"calibration: {type(model.generator).__name__} remembers no keys and values, and "
+                             "attention over them is what is measured; use a model that does")
 
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Any) -> Tensor:

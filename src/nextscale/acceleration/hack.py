@@ -29,9 +29,11 @@ Classes = tuple[tuple[bool, ...], ...]
 """Which heads are contextual, layer by layer."""
 
 PRESETS: dict[str, Classes] = {
-    "emoji-64": tuple(tuple(mark == "c" for mark in layer) for layer in ("cccc", "cccc", "sssc", "cssc", "sssc", "ssss")),
+    "emoji-64": tuple(tuple(mark == "c" for mark in layer)
+                      for layer in ("cccc", "cccc", "sssc", "cssc", "sssc", "ssss")),
 }
-"""Contextual (c) and structural (s) heads by layer: the shipped model's (``nextscale calibrate hack --model emoji-64``)."""
+"""Contextual (c) and structural (s) heads, layer by layer: the shipped model's, as ``nextscale calibrate hack`` tells
+them apart."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class HACK(MemoryPolicy):
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"hack: {name} is {value}; it must be at least 0 and below 1 (0 keeps everything)")
         if self.stored is not None and self.stored < self.compression:
-            raise InputError(f"hack: stored {self.stored} is below compression {self.compression}; what stays is a part "
-                             "of what attention reads")
+            raise InputError(f"hack: stored {self.stored} is below compression {self.compression}; what stays is a "
+                             "part of what attention reads")
         if not 0 < self.contextual <= 1:
             raise InputError(f"hack: contextual is {self.contextual}; it must lie above 0 and be at most 1")
         if self.queries < 1 or self.initial < 0 or self.kernel < 1 or self.kernel % 2 == 0:
@@ -76,7 +78,8 @@ class HACK(MemoryPolicy):
         if isinstance(self.heads, Mapping):
             return read_classes(self.heads, "hack heads")
         if not self.heads:
-            raise InputError("hack: heads are missing; `nextscale calibrate hack` tells a model's contextual heads apart")
+            raise InputError("hack: heads are missing; `nextscale calibrate hack` tells a model's contextual heads "
+                             "apart")
         if self.heads in PRESETS:
             return PRESETS[self.heads]
         if "." not in self.heads and "/" not in self.heads:
@@ -149,7 +152,8 @@ class HACK(MemoryPolicy):
         assert ctx.memory is not None
         tags = ctx.memory.tags_of(group)
         assert tags is not None
-        scores = probabilities(q[:, :, strided(len(rows), self.queries)], group.k[:, :, :group.rows], ctx.scale(address),
+        judges = q[:, :, strided(len(rows), self.queries)]
+        scores = probabilities(judges, group.k[:, :, :group.rows], ctx.scale(address),
                                hidden_keys(rows, tags.step)).mean(2)
         if contextual:
             return pooled(scores, self.kernel, "max")
@@ -192,7 +196,7 @@ def group_heads(generator: nn.Module, classes: Classes) -> Classes:
     Rows of the weights of queries, keys and values, biases and the scale of each head move, and columns of the output
     projection. Raises InputError where the table is not the network's, or its attention is of another form.
     """
-    layers = [getattr(block, "attention", None) for block in getattr(generator, "blocks", ())]
+    layers: list[Any] = [getattr(block, "attention", None) for block in getattr(generator, "blocks", ())]
     if [len(row) for row in classes] != [getattr(one, "heads", None) for one in layers]:
         raise InputError("hack: the table of heads is not that of this network")
     if not all(hasattr(one, "q_bias") for one in layers):

@@ -32,11 +32,12 @@ class MemoryPolicy(Hook):
     def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
         addresses = getattr(model.generator, "remembered", ())
         if not addresses:
-            raise InputError(f"{self.name}: {type(model.generator).__name__} remembers no keys and values that could be "
-                             "dropped; leave it out")
+            raise InputError(f"{self.name}: {type(model.generator).__name__} remembers no keys and values that could "
+                             "be dropped; leave it out")
         others = [hook for hook in hooks if isinstance(hook, MemoryPolicy) and hook is not self]
         if others:
-            raise InputError(f"{self.name} and {others[0].name} would each decide what the same layers remember; use one")
+            raise InputError(f"{self.name} and {others[0].name} would each decide what the same layers remember; use "
+                             "one")
         self.check(plan, len(addresses))
 
     def check(self, plan: Plan, layers: int) -> None:
@@ -75,8 +76,9 @@ class MemoryPolicy(Hook):
             if stays and reads_shrunk:
                 memory.append(address, k_part, v_part, part.tags, part.keep)
                 self.before(ctx, address, layer, q_part, part)
-                k_part = v_part = None
-            outputs.append(inner(q_part, k_part, v_part, part))
+                outputs.append(inner(q_part, None, None, part))
+            else:
+                outputs.append(inner(q_part, k_part, v_part, part))
             if stays:
                 self.after(ctx, address, layer, q_part, part)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

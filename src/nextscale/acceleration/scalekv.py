@@ -36,7 +36,8 @@ PRESETS = {
     "infinity-8b": of_drafters(13, 40, {8: ((0, 1, 2), 909, 629), 9: ((0, 1, 2), 1464, 584),
                                         10: ((0, 1, 2), 2463, 503), 11: ((0, 1, 2), 4054, 374),
                                         12: ((0, 1, 2), 6200, 200)}),
-    "emoji-64": Budgets((None, None, None, (13, 14, 13, 13, 13, 12), (11, 23, 11, 11, 11, 11), (9, 9, 9, 9, 9, 33)), 13, 4),
+    "emoji-64": Budgets((None, None, None, (13, 14, 13, 13, 13, 12), (11, 23, 11, 11, 11, 11), (9, 9, 9, 9, 9, 33)),
+                        13, 4),
 }
 """The published budgets of 10% for Infinity's 13 scales up to 64x64; budgets of 20% calibrated for the shipped model
 (``nextscale calibrate scalekv --model emoji-64 --set share=0.2 --set window=4``)."""
@@ -47,9 +48,9 @@ class ScaleKV(MemoryPolicy):
     """ScaleKV: every layer remembers its own budget of rows, chosen after attention (arXiv 2505.19602).
 
     budgets: a file of ``nextscale calibrate scalekv`` or of the published code, a mapping of the same form, or a preset
-    (infinity-2b, infinity-8b, emoji-64); empty: by the identity from ``share``, of the rows that are remembered before the last
-    step, and ``drafters``, layers that draft at every step (none: all layers get the same). window: rows of a step that
-    judge and stay, None for the budgets' own number or 16; kernel, pooling: how scores are pooled along the keys.
+    (infinity-2b, infinity-8b, emoji-64); empty: by the identity from ``share``, of the rows that are remembered before
+    the last step, and ``drafters``, layers that draft at every step (none: all layers get the same). window: rows of a
+    step that judge and stay, None for the budgets' own number or 16; kernel, pooling: how scores are pooled along keys.
     scoring: ``published``: the bare query's products with the keys, summed; ``paper``: attention's probabilities.
     """
 
@@ -103,8 +104,8 @@ class ScaleKV(MemoryPolicy):
         budgets.check(plan, layers, self.name)
         least = min((n for row in budgets.rows for n in row or ()), default=self.width() + 1)
         if least <= self.width():
-            raise InputError(f"scalekv: a budget of {least} rows has no room beside the window of {self.width()}; raise "
-                             "the share, or set a smaller window (4)")
+            raise InputError(f"scalekv: a budget of {least} rows has no room beside the window of {self.width()}; "
+                             "raise the share, or set a smaller window (4)")
 
     def rows(self, plan: Plan) -> int:
         return uniform_rows(plan, self.share) if self.given is None else self.given.base
@@ -162,8 +163,8 @@ class Calibration:
         plan, layers = system.plan, len(system.generator.remembered)
         uniform = uniform_rows(plan, self.share)
         if uniform <= self.window:
-            raise InputError(f"scalekv: a share of {self.share} is {uniform} rows, which leaves none beside the window of "
-                             f"{self.window}; raise the share, or set a smaller window (4)")
+            raise InputError(f"scalekv: a share of {self.share} is {uniform} rows, which leaves none beside the window "
+                             f"of {self.window}; raise the share, or set a smaller window (4)")
         top = uniform if self.top is None else self.top
         found = measure(system, {"selectivity": lambda seen: selectivity(seen, top)}, labels, count,
                         queries=self.queries, **options)

@@ -19,7 +19,7 @@ def calibrate(
     count: Annotated[int, typer.Option("--count", min=1, help="Pictures drawn, of each --label.")] = 10,
     seed: options.Seed = 0,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the calibration's, as in share=0.2. May be repeated.")
+        list[str] | None, typer.Option("--set", help="Of the calibration, as in share=0.2. May be repeated.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 4,
     precision: options.PrecisionOption = options.Precision.fp32,

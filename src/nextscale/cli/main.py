@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from nextscale import __version__
-from nextscale.cli import calibrate, convert, data, edit, evaluate, generate, models, reconstruct, scaling, tokenize, train
+from nextscale.cli import (
+    calibrate,
+    convert,
+    data,
+    edit,
+    evaluate,
+    generate,
+    models,
+    reconstruct,
+    scaling,
+    tokenize,
+    train,
+)
 from nextscale.errors import NextscaleError
 
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
