@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
-from nextscale.layers.attention import attention, visibility_mask
+from nextscale.layers.attention import attention, by_head, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Rows, Run, Sample
@@ -99,19 +99,23 @@ class Context:
     """What a network evaluation may ask for besides its weights: memory, hooks, what is constant over the run.
 
     memory None is a pass without memory (training, scoring). ``scratch`` lives for one call. With ``check`` the
-    promise of unmasked rows is tested against their tags. branches: what the batch's rows are, branch-major.
+    promise of unmasked rows is tested against their tags. branches: what the batch's rows are, branch-major. plan and
+    network: what is walked and what is evaluated, for hooks that go by a step's grid or by the layers there are; None
+    where the pass belongs to no run.
     """
 
     def __init__(self, memory: Memory | None = None, hooks: Sequence[Hook] = (), check: bool = False,
-                 branches: Sequence[str] = ("conditional",)):
+                 branches: Sequence[str] = ("conditional",), plan: Plan | None = None, network: Any = None):
         self.memory = memory
         self.check = check
         self.branches = tuple(branches)
+        self.plan, self.network = plan, network
         self._enters = [h for h in hooks if overrides(h, "enter")]
         self.scratch: dict[Any, Any] = {}
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
+        self._offers: dict[str, tuple[Callable[[], Tensor], Rows]] = {}
 
     def enter(self, call: Call) -> Call:
         """A call as the hooks let it into the network."""
@@ -156,9 +160,35 @@ class Context:
         """
         inner: Attend = lambda q, k, v, rows: self._attend(  # noqa: E731
             address, q, k, v, rows, krows or rows, scale, dropout)
+        if self._attends:
+            self.scratch["scale", address] = q.shape[-1]**-0.5 if scale is None else scale
         for hook in self._attends:
             inner = _wrap_attend(hook, self, address, inner)
-        return inner(q, k, v, rows)
+        out = inner(q, k, v, rows)
+        self._offers = {}
+        return out
+
+    def scale(self, address: str) -> float:
+        """What the scores q k^T of the attention under way at an address are multiplied by, for hooks around it."""
+        found: float = self.scratch["scale", address]
+        return found
+
+    def offer(self, name: str, make: Callable[[], Tensor], rows: Rows) -> None:
+        """Something of the next attention's rows, (R, H, L, E), that a hook around it may ask for (``offered``); made
+        only then."""
+        if self._attends:
+            self._offers[name] = (make, rows)
+
+    def offered(self, address: str, name: str, rows: Rows) -> Tensor:
+        """What a network offers of the rows of one step. Raises InputError where it doesn't, or hides these rows."""
+        if name not in self._offers:
+            raise InputError(f"attention at {address}: this network doesn't offer its {name}")
+        make, of = self._offers[name]
+        step = rows.spans[0].step if rows.spans else None
+        found = [make()[:, :, span.lo:span.hi] for span in of.spans or () if span.step == step]
+        if len(found) != 1 or found[0].shape[2] != len(rows):
+            raise InputError(f"attention at {address}: the {name} of rows that were selected inside of it isn't known")
+        return found[0]
 
     def recur(self, address: str, x: Tensor, rows: Rows, scan: Scan) -> Tensor:
         """A recurrence over rows x (R, L, C): ``scan(x, state) -> y, state`` from the state that the address holds.
@@ -245,12 +275,11 @@ class Context:
         return self.scratch[key][0]
 
     def _check(self, rows: Rows, keys: Tags, address: str) -> None:
-        seen = rows.visible.sees(rows.step[:, :, None], keys.step[:, None, :])
+        seen = rows.visible.sees(rows.step[:, None, :, None], by_head(keys.step)[:, :, None])
+        hidden = ~seen
         if keys.valid is not None:
-            hidden = ~seen & keys.valid[:, None]
-            seen = seen & keys.valid[:, None]
-        else:
-            hidden = ~seen
+            counts = by_head(keys.valid)[:, :, None]
+            seen, hidden = seen & counts, hidden & counts
         if not rows.masked and bool(hidden.any()):
             raise InputError(f"attention at {address}: rows promised to see everything, but {int(hidden.sum())} "
                              "pairs are hidden by the visibility; set masked=True")

@@ -83,7 +83,20 @@ _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 
 
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
-_HOOKS: dict[str, str] = {}
+_HOOKS: dict[str, str] = {
+    "hack": "nextscale.acceleration.hack:HACK",
+    "pyramidkv": "nextscale.acceleration.cache_baselines:PyramidKV",
+    "scalekv": "nextscale.acceleration.scalekv:ScaleKV",
+    "sliding-window": "nextscale.acceleration.cache_baselines:SlidingWindow",
+    "snapkv": "nextscale.acceleration.cache_baselines:SnapKV",
+}
+
+# Method -> "module:class" of its calibration, a dataclass of settings with ``run(system, labels, count, **options)``
+# that returns what the method's hook reads: what `nextscale calibrate` takes.
+CALIBRATIONS: dict[str, str] = {
+    "hack": "nextscale.acceleration.hack:Calibration",
+    "scalekv": "nextscale.acceleration.scalekv:Calibration",
+}
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from doubles import CommitAfterClean, ControlTower, HeadBudgets, LayerBudgets, MaskedRounds, PrunedResiduals
+from doubles import CommitAfterClean, ControlTower, MaskedRounds, PrunedResiduals
 from torch import Tensor
 
+from nextscale.acceleration.hack import HACK
+from nextscale.acceleration.scalekv import ScaleKV
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.context import Hook
 from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig
@@ -68,11 +70,15 @@ def pruned(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
 
 
 def layers(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
-    return LayerBudgets({} if neutral else {"base.0.kv": 3, "base.1.kv": 8, "tower.base.1.kv": 5})
+    """Layers remember budgets of their own, each head other rows."""
+    return ScaleKV(share=1.0, window=2) if neutral else ScaleKV(
+        {"budgets": [None] * (len(plan) - 2) + [[4, 5], [5, 9]], "window": 2}, kernel=3)
 
 
 def heads(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
-    return HeadBudgets([[0, 2], [1, 3]], [99, 99] if neutral else [2, 9])
+    """Heads of one layer remember budgets of their own, and attention reads no more."""
+    table = {"contextual": [[True, False, True, False], [False, False, True, True]]}
+    return HACK(table, compression=0.0 if neutral else 0.6, queries=3)
 
 
 def tower(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
@@ -149,8 +155,9 @@ class Case:
 
 
 SINGLE = [Case((name,)) for name in HOOKS]
-PAIRS = [Case(pair) for pair in itertools.combinations(HOOKS, 2)]
-REVERSED = [Case(("layers", "pruned")), Case(("heads", "layers")), Case(("tower", "pruned"))]
+REFUSED = {("layers", "heads")}  # two policies of one memory
+PAIRS = [Case(pair) for pair in itertools.combinations(HOOKS, 2) if pair not in REFUSED]
+REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned"))]
 WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in HOOKS))]
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
           *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),

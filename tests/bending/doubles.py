@@ -53,54 +53,6 @@ class PrunedResiduals(Hook):
         return restored.scatter(1, wide, inner(x.gather(1, wide), rows.select(index)))
 
 
-class LayerBudgets(Hook):
-    """ScaleKV (arXiv 2505.19602): after a step, every layer keeps only its own number of remembered rows, here those
-    with the largest values.
-
-    Bends: K/V whose length differs from layer to layer, shrunk inside a call, step by step in a prefill, too.
-    """
-
-    def __init__(self, budgets: dict[str, int]):
-        self.budgets = budgets
-
-    def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
-               inner: Any) -> Tensor:
-        memory, outputs = ctx.remembered("budgets of rows"), []
-        for at, part in rows.by_step():
-            outputs.append(inner(q[:, :, at], k[:, :, at], v[:, :, at], part))
-            if part.keep == len(part):
-                self.shrink(memory, address)
-        return torch.cat(outputs, 2)
-
-    def shrink(self, memory: Memory, address: str) -> None:
-        for i in range(len(memory.groups[address])):
-            shrink_to(memory, address, i, self.budgets.get(address, 10**9))
-
-
-class HeadBudgets(LayerBudgets):
-    """HACK (arXiv 2504.09261): classes of heads (contextual, structural) keep different numbers of rows.
-
-    Bends: K/V whose length differs inside one attention.
-    """
-
-    def __init__(self, classes: list[list[int]], budgets: list[int]):
-        self.classes, self.class_budgets = classes, budgets
-
-    def shrink(self, memory: Memory, address: str) -> None:
-        if len(memory.groups[address]) == 1:
-            memory.split_heads(address, self.classes)
-        for i, budget in enumerate(self.class_budgets):
-            shrink_to(memory, address, i, budget)
-
-
-def shrink_to(memory: Memory, address: str, group: int, budget: int) -> None:
-    """Keep the ``budget`` rows with the largest values."""
-    at = memory.groups[address][group]
-    if at.rows > budget:
-        size = at.v[:, :, :at.rows].norm(dim=-1).mean(1)
-        memory.keep_rows(address, size.topk(budget, 1).indices.sort(1).values, group)
-
-
 class ControlTower(Hook):
     """CAR (arXiv 2410.04671): a tower of blocks with its own K/V walks along; its output joins what a block is given.
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GUIDANCE, HOOKS, SEEDS, Case, model
-from doubles import LayerBudgets, PrunedResiduals, jacobi, shrink_to
+from doubles import PrunedResiduals, jacobi
 from test_doubles import ONE_ROW_STEPS, sequential
 from torch import Tensor
 
@@ -42,6 +42,12 @@ def test_two_prunings_are_refused() -> None:
         case.go(case.start(), hooks=[PrunedResiduals(0.5), PrunedResiduals(0.5)])
 
 
+def test_two_policies_of_one_memory_are_refused() -> None:
+    with pytest.raises(InputError, match="hack and scalekv would each decide"):
+        case = Case(("heads", "layers"))
+        case.go(case.start())
+
+
 def test_rows_that_stay_must_lead_a_selection_and_provisional_ones_cant_be_selected() -> None:
     rows = Case().start().rows(1, 3)  # 4 rows and 9
     first = torch.tensor([[0, 2, 5], [1, 3, 12]])
@@ -57,16 +63,16 @@ def test_rows_that_stay_must_lead_a_selection_and_provisional_ones_cant_be_selec
 
 
 def test_shrinking_a_call_whose_rows_dont_stay_is_refused() -> None:
-    class Careless(LayerBudgets):
+    class Careless(Hook):
         def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                    inner: Any) -> Tensor:
             out = inner(q, k, v, rows)
-            shrink_to(ctx.remembered("careless"), address, 0, 2)
+            ctx.remembered("careless").keep_rows(address, torch.tensor([[0]]).expand(len(q), -1))
             return out
 
     case = Case((), "clean")
     with pytest.raises(InputError, match="don't stay"):
-        case.go(case.start(), hooks=[Careless({})])
+        case.go(case.start(), hooks=[Careless()])
 
 
 def test_parts_of_a_call_out_of_order_are_refused() -> None:

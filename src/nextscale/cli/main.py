@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from nextscale import __version__
-from nextscale.cli import convert, data, edit, evaluate, generate, models, reconstruct, scaling, tokenize, train
+from nextscale.cli import (
+    calibrate,
+    convert,
+    data,
+    edit,
+    evaluate,
+    generate,
+    models,
+    reconstruct,
+    scaling,
+    tokenize,
+    train,
+)
 from nextscale.errors import NextscaleError
 
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
@@ -44,6 +56,7 @@ app.command("edit")(edit.edit)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("evaluate")(evaluate.evaluate)
 app.command("scaling")(scaling.scaling)
+app.command("calibrate")(calibrate.calibrate)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")

@@ -140,6 +140,11 @@ class TwoStacks(nn.Module):
         self.register_buffer("grid_K2", grid_K2, persistent=False)
         self.register_buffer("row_of_KG", row_of_KG, persistent=False)
 
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Where the keys and values that stay in memory lie, layer by layer."""
+        return tuple(f"{self.name}.{i}.kv" for i in range(len(self.first) + len(self.second)))
+
     def check_plan(self, plan: Plan) -> None:
         """Raises InputError for a plan that the positions are not for."""
         if plan.steps != self.plan.steps:

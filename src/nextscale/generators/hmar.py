@@ -41,6 +41,11 @@ class HMARGenerator(VARGenerator):
         self.mask_blocks = nn.ModuleList(Block(config, 0.0) for _ in range(config.mask_blocks))
         self.mask_head_modulation = Modulation(config.width, config.width, 2)
 
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Nowhere: no key or value stays in memory."""
+        return ()
+
     def call(self, run: Run) -> Call:
         """The next step's rows alone: earlier ones are hidden anyway, so none is kept."""
         first = run.cursor

@@ -55,6 +55,11 @@ class MVARGenerator(VARGenerator):
 
     block = MVARBlock
 
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Nowhere: no key or value stays in memory."""
+        return ()
+
     def call(self, run: Run) -> Call:
         """The rows of all steps that the scans have not been through, up to the cursor. A step alone needs no mask:
         there is nothing in memory that attention could see."""

@@ -34,6 +34,11 @@ class SRDDGenerator(VARGenerator):
 
     config: SRDDGeneratorConfig
 
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Nowhere: no key or value stays in memory."""
+        return ()
+
     def call(self, run: Run) -> Call:
         return self.call_from(run, max(0, run.cursor - self.config.window), keep=0)
 

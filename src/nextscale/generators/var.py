@@ -69,6 +69,8 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = unit_heads(qkv, self.scale_1H11.clamp_max(math.log(100.0)).exp())
+        ctx.offer("bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
+            -1, (self.heads, -1)).transpose(1, 2), rows)
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
         return self.projection(out.transpose(1, 2).reshape(r, length, c))
 
@@ -177,6 +179,11 @@ class VARGenerator(nn.Module):
         """Rows x (R, L, C) of the steps ``first..last`` of a plan from their inputs (B, L_k, latent_width): ``content``
         plus position and level."""
         return self.content(reads[first:last], cond_RD) + self.positions(plan, first, last).to(self.word.weight.dtype)
+
+    @property
+    def remembered(self) -> tuple[str, ...]:
+        """Where the keys and values that stay in memory lie, layer by layer."""
+        return tuple(f"{self.name}.{i}.kv" for i in range(len(self.blocks)))
 
     def call(self, run: Run) -> Call:
         """The call for the run's next step: all steps that memory lacks, up to the cursor, whose rows predict."""

@@ -87,13 +87,19 @@ def visibility_mask(sees: Callable[[Tensor, Tensor], Tensor], query_step: Tensor
                     valid: Tensor | None = None) -> Any:
     """The mask of rows that carry step tags, in the form that the device computes fastest.
 
-    query_step (1|R, L) and key_step (1|R, N) int64; ``sees(query_step, key_step)`` broadcasts; valid (R, N): keys
-    that count, None for all. On CUDA, where all rows share their tags, a FlexAttention block mask, which skips the
-    blocks that nothing sees; else booleans (1|R, 1, L, N).
+    query_step (1|R, L) and key_step (1|R, N) or, where heads have other keys, (R, H, N); ``sees(query_step, key_step)``
+    broadcasts; valid: keys that count, (R, N) or (R, H, N), None for all. On CUDA, where all rows share their tags, a
+    FlexAttention block mask, which skips the blocks that nothing sees; else booleans (1|R, 1|H, L, N).
     """
-    if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1 and valid is None:
+    if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1 and valid is None \
+            and key_step.ndim == 2:
         query, key = query_step[0], key_step[0]
         return create_block_mask(lambda b, h, i, j: sees(query[i], key[j]), None, None, len(query), len(key),
                                  device=query.device.type)
-    mask = sees(query_step[:, :, None], key_step[:, None, :])[:, None]
-    return mask if valid is None else mask & valid[:, None, None, :]
+    mask = sees(query_step[:, None, :, None], by_head(key_step)[:, :, None])
+    return mask if valid is None else mask & by_head(valid)[:, :, None]
+
+
+def by_head(tags: Tensor) -> Tensor:
+    """Tags (1|R, N) or (R, H, N) with a head axis, (1|R, 1|H, N)."""
+    return tags if tags.ndim == 3 else tags[:, None]

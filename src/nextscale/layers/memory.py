@@ -17,37 +17,45 @@ from nextscale.errors import InputError
 
 @dataclass(frozen=True)
 class Tags:
-    """Step (1|R, N), cell (1|R, N, 3) and validity (R, N; None: all) of remembered rows."""
+    """Step (1|R, N), cell (1|R, N, 3) and validity (R, N; None: all) of remembered rows.
+
+    Where heads hold other rows, all of them have a head axis: step (R, H, N), cell (R, H, N, 3), validity (R, H, N).
+    """
 
     step: Tensor
     cell: Tensor
     valid: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.step.shape[1]
+        return self.step.shape[-1]
 
     def joined(self, other: Tags) -> Tags:
-        rows = max(len(self.step), len(other.step))
+        heads = max((t.step.shape[1] for t in (self, other) if t.step.ndim == 3), default=0)
+        one, two = (t._of_heads(heads) if heads else t for t in (self, other))
+        rows = max(len(one.step), len(two.step))
         valid = None
-        if self.valid is not None or other.valid is not None:
-            rows = max(rows, *(len(t.valid) for t in (self, other) if t.valid is not None))
-            valid = torch.cat([t.valid.expand(rows, -1) if t.valid is not None
-                               else torch.ones(rows, len(t), dtype=torch.bool, device=t.step.device)
-                               for t in (self, other)], 1)
-        return Tags(torch.cat([self.step.expand(rows, -1), other.step.expand(rows, -1)], 1),
-                    torch.cat([self.cell.expand(rows, -1, -1), other.cell.expand(rows, -1, -1)], 1), valid)
+        if one.valid is not None or two.valid is not None:
+            rows = max(rows, *(len(t.valid) for t in (one, two) if t.valid is not None))
+            valid = torch.cat([_rows(t.valid, rows) if t.valid is not None
+                               else torch.ones(rows, *t.step.shape[1:], dtype=torch.bool, device=t.step.device)
+                               for t in (one, two)], -1)
+        return Tags(torch.cat([_rows(one.step, rows), _rows(two.step, rows)], -1),
+                    torch.cat([_rows(one.cell, rows), _rows(two.cell, rows)], -2), valid)
 
-    def selected(self, index_RM: Tensor) -> Tags:
-        """The tags of other rows for every row of the batch, (R, M)."""
-        r = len(index_RM)
-        step = self.step.expand(r, -1).gather(1, index_RM)
-        cell = self.cell.expand(r, -1, -1).gather(1, index_RM[..., None].expand(-1, -1, 3))
-        valid = None if self.valid is None else self.valid.expand(r, -1).gather(1, index_RM)
-        return Tags(step, cell, valid)
+    def selected(self, index: Tensor) -> Tags:
+        """The tags of other rows for every row of the batch, (R, M), or for every head, too, (R, H, M)."""
+        r = len(index)
+        tags = self._of_heads(index.shape[1]) if index.ndim == 3 else self
+        step = _rows(tags.step, r).gather(-1, index)
+        cell = _rows(tags.cell, r).gather(-2, index[..., None].expand(*index.shape, 3))
+        valid = None if tags.valid is None else _rows(tags.valid, r).gather(-1, index)
+        # As many tags as keys: narrow ones, or they would weigh what the keys do.
+        return Tags(step.to(torch.int16), cell.to(torch.int16), valid) if index.ndim == 3 else Tags(step, cell, valid)
 
     def first(self, count: int) -> Tags:
         """The tags of the ``count`` leading rows."""
-        return Tags(self.step[:, :count], self.cell[:, :count], None if self.valid is None else self.valid[:, :count])
+        return Tags(self.step[..., :count], self.cell[..., :count, :],
+                    None if self.valid is None else self.valid[..., :count])
 
     def same_rows(self, other: Tags) -> bool:
         """Whether these are the tags of the very same rows, known without looking at them."""
@@ -60,19 +68,32 @@ class Tags:
 
         return Tags(pick(self.step), pick(self.cell), None if self.valid is None else pick(self.valid))
 
+    def _of_heads(self, heads: int) -> Tags:
+        """The same with a head axis."""
+        if self.step.ndim == 3:
+            return self
+        valid = None if self.valid is None else self.valid[:, None].expand(-1, heads, -1)
+        return Tags(self.step[:, None].expand(-1, heads, -1), self.cell[:, None].expand(-1, heads, -1, -1), valid)
+
+
+def _rows(tags: Tensor, rows: int) -> Tensor:
+    """Tags of that many rows of the batch, where they were those of all."""
+    return tags.expand(rows, *tags.shape[1:])
+
 
 @dataclass
 class Group:
     """Keys and values of some heads at one address: buffers (R, H, capacity, E), of which ``length`` rows are kept.
 
-    ``heads`` are the heads it serves (None: all); ``tags`` are its own once it departed from the log; ``pending`` are
-    the tags of rows that the call under way has written behind ``length``, of which the first ``staying`` will stay.
+    ``heads`` are the heads it serves (None: all; a slice where they are neighbours); ``tags`` are its own once it
+    departed from the log; ``pending`` are the tags of rows that the call under way has written behind ``length``, of
+    which the first ``staying`` will stay.
     """
 
     k: Tensor
     v: Tensor
     length: int = 0
-    heads: Tensor | None = None
+    heads: Tensor | slice | None = None
     tags: Tags | None = None
     pending: Tags | None = None
     staying: int = 0
@@ -85,7 +106,8 @@ class Group:
         start = self.rows
         end = start + k.shape[2]
         if end > self.k.shape[2]:
-            self._grow(max(end, 2 * self.k.shape[2]))
+            # What a policy shrinks would, with room to spare, hold what it was shrunk to save.
+            self._grow(end if self.tags is not None else max(end, 2 * self.k.shape[2]))
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         if self.pending is None:
@@ -106,6 +128,13 @@ class Group:
     def rows(self) -> int:
         """Rows that attention sees now: kept and pending."""
         return self.length + (0 if self.pending is None else len(self.pending))
+
+
+def _heads(heads: list[int], device: torch.device) -> Tensor | slice:
+    """What picks some heads: a slice, which copies nothing, where they are neighbours."""
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads, device=device)
 
 
 @dataclass
@@ -204,17 +233,20 @@ class Memory:
                 if group.tags is not None or not whole or group.length != logged:
                     old = group.tags if group.tags is not None else self.log if group.length else None
                     if len(mine) or len(kept):
-                        group.tags = mine if old is None else old.joined(mine)
+                        group.tags = mine if old is None else old.joined(mine) if len(mine) else old
                 group.length += len(mine)
                 group.pending, group.staying = None, 0
         if len(kept):
             self.log = kept if self.log is None else self.log.joined(kept)
 
-    def keep_rows(self, address: str, index_RM: Tensor, group: int = 0) -> None:
-        """Shrink an address to some of its rows, (R, M) positions among kept and pending ones; in memory, too.
+    def keep_rows(self, address: str, index: Tensor, group: int = 0,
+                  merged: tuple[Tensor, Tensor] | None = None) -> None:
+        """Shrink an address to some of its rows; in memory, too.
 
-        A policy that shrinks after attention calls this while its rows are pending: they then count as settled, so
-        all of them must be rows that stay.
+        index: positions among kept and pending rows, (R, M), or (R, H, M) where heads of the group keep other rows;
+        merged: keys and values (R, H, M, E) that the kept rows have from now on, where what is dropped was merged into
+        them. A policy calls this while its rows are pending: they then count as settled, so all of them must be rows
+        that stay.
         """
         at = self.groups[address][group]
         if at.pending is not None and at.staying != len(at.pending):
@@ -222,20 +254,23 @@ class Memory:
                              "keep all their rows, or between steps")
         tags = self.tags_of(at)
         assert tags is not None
-        index_RHM = index_RM[:, None, :, None]
-        for name in ("k", "v"):
-            full = getattr(at, name)[:, :, :at.rows]
-            chosen = full.gather(2, index_RHM.expand(-1, full.shape[1], -1, full.shape[3]))
-            setattr(at, name, chosen)
-        at.tags, at.length, at.pending, at.staying = tags.selected(index_RM), index_RM.shape[1], None, 0
+        if merged is not None:
+            at.k, at.v = merged
+        else:
+            index_RHM1 = (index[:, None] if index.ndim == 2 else index)[..., None]
+            for name in ("k", "v"):
+                full = getattr(at, name)[:, :, :at.rows]
+                setattr(at, name, full.gather(2, index_RHM1.expand(-1, full.shape[1], -1, full.shape[3])))
+        at.tags, at.length, at.pending, at.staying = tags.selected(index), index.shape[-1], None, 0
 
     def split_heads(self, address: str, classes: list[list[int]]) -> None:
         """Give classes of heads their own K/V at an address, so that each can be shrunk by itself."""
         (whole,) = self.groups[address]
-        device = whole.k.device
+        if whole.tags is not None and whole.tags.step.ndim == 3:
+            raise InputError(f"memory at {address}: its heads hold rows of their own already; split them before that")
         self.groups[address] = [
-            replace(whole, heads=(h := torch.tensor(heads, device=device)), k=whole.k[:, h], v=whole.v[:, h])
-            for heads in classes]
+            replace(whole, heads=(h := _heads(heads, whole.k.device)), k=whole.k[:, h].contiguous(),
+                    v=whole.v[:, h].contiguous()) for heads in classes]
 
     def recall(self, address: str) -> tuple[Tensor, ...] | None:
         """The state that a recurrence at an address goes on from, None at its beginning."""

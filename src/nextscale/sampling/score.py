@@ -53,5 +53,5 @@ def hidden_states(model: Model, plan: Plan, reads: Sequence[Tensor | None], cond
     """The one-call pass over all rows of a plan, (R, L, C)."""
     cond = torch.cat([condition.branch(name) for name in branches])
     call = teacher_forcing_call(model.generator, plan, reads, cond)
-    hidden: Tensor = model.generator(call, Context(None, hooks, branches=branches))
+    hidden: Tensor = model.generator(call, Context(None, hooks, branches=branches, plan=plan, network=model.generator))
     return hidden

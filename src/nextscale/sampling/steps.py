@@ -62,7 +62,7 @@ def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
     """What a head evaluates calls with: the network under the run's memory and hooks; kept rows are settled after."""
     def evaluate(call: Call) -> Tensor:
         run.memory.begin()
-        hidden: Tensor = generator(call, Context(run.memory, hooks, check, run.branches))
+        hidden: Tensor = generator(call, Context(run.memory, hooks, check, run.branches, run.plan, generator))
         run.settle(call.rows)
         return hidden
 
