@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nextscale import __version__
-from nextscale.cli import convert, data, edit, evaluate, generate, models, reconstruct, scaling, tokenize, train
+from nextscale.cli import bench, convert, data, edit, evaluate, generate, models, reconstruct, scaling, tokenize, train
 from nextscale.errors import NextscaleError
 
 USAGE_EXIT, INTERRUPTED_EXIT = 2, 130
@@ -43,6 +43,7 @@ app.command("generate")(generate.generate)
 app.command("edit")(edit.edit)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("scaling")(scaling.scaling)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(train.app, name="train")
