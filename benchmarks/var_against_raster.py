@@ -26,13 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from var_speed import cpu_name, median_time
-
 from nextscale.canvas import Codec
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.devices import choose_device
 from nextscale.errors import NextscaleError
+from nextscale.evaluation.bench.machine import cpu_name, median_time
 from nextscale.generators.var import Block, VARGenerator
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.layers.resize import ResizeRule

@@ -35,10 +35,13 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int 
     return c0, c1, c2, c3
 
 
-@torch.compiler.assume_constant_result
 def _purpose(what: str) -> int:
     """The counter word of a purpose's name; a constant to the compiler, which can't look into zlib."""
     return zlib.crc32(what.encode())
+
+
+# What torch.compiler.assume_constant_result does; the decorator would import the compiler, which takes seconds.
+_purpose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Noise(Protocol):

@@ -10,6 +10,7 @@ import typer
 
 from nextscale import __version__
 from nextscale.cli import (
+    bench,
     calibrate,
     convert,
     data,
@@ -55,6 +56,7 @@ app.command("generate")(generate.generate)
 app.command("edit")(edit.edit)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("scaling")(scaling.scaling)
 app.command("calibrate")(calibrate.calibrate)
 app.command("tokenize")(tokenize.tokenize)

@@ -21,13 +21,14 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model is made of; ``phi_of_step`` says which phi convolution each scale uses."""
+    """What a model is made of; ``phi_of_step`` says which phi convolution each scale uses, ``classes`` how many classes
+    each kind of label has, ``shared_modulation`` whether all blocks share one adaLN layer (the 512-pixel model)."""
 
     sides: tuple[int, ...]
     depth: int
     width: int
     heads: int
-    classes: int
+    classes: tuple[int, ...]
     vocabulary: int
     latent_width: int
     phi_of_step: tuple[int, ...]
@@ -36,6 +37,7 @@ class Sizes:
     decoder_blocks: int
     groups: int
     level_attention: bool
+    shared_modulation: bool
 
 
 class Attention(nn.Module):
@@ -76,13 +78,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, shared: bool):
         super().__init__()
         self.attention, self.mlp = Attention(width, heads), FeedForward(width)
-        self.modulation = nn.Linear(width, 6 * width)
+        if shared:
+            self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, width))
+        else:
+            self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
+    def forward(self, x: Tensor, cond: Tensor, shared: Tensor | None) -> Tensor:
+        if shared is None:
+            parts = self.modulation(F.silu(cond))[:, None].chunk(6, dim=-1)
+        else:
+            parts = (shared.unflatten(-1, (6, -1))[:, None] + self.modulation_offset).unbind(2)
+        gate1, gate2, scale1, scale2, shift1, shift2 = parts
         x = x + gate1 * self.attention(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2)
 
@@ -95,12 +104,14 @@ class Transformer(nn.Module):
         self.start = nn.Parameter(torch.zeros(1, sizes.sides[0] ** 2, c))
         self.position = nn.Parameter(torch.zeros(1, sum(s * s for s in sizes.sides), c))
         self.level = nn.Embedding(len(sizes.sides), c)
-        self.blocks = nn.ModuleList(Block(c, sizes.heads) for _ in range(sizes.depth))
+        self.shared_modulation = nn.Linear(c, 6 * c) if sizes.shared_modulation else None
+        self.blocks = nn.ModuleList(Block(c, sizes.heads, sizes.shared_modulation) for _ in range(sizes.depth))
         self.head_modulation = nn.Linear(c, 2 * c)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shared = None if self.shared_modulation is None else self.shared_modulation(F.silu(cond))
         for block in self.blocks:
-            x = block(x, cond)
+            x = block(x, cond, shared)
         scale, shift = self.head_modulation(F.silu(cond))[:, None].chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
@@ -207,7 +218,10 @@ class Tokenizer(nn.Module):
 class Labels(nn.Module):
     def __init__(self, sizes: Sizes):
         super().__init__()
-        self.tables = nn.ModuleList([nn.Embedding(sizes.classes + 1, sizes.width)])
+        self.tables = nn.ModuleList(nn.Embedding(size + 1, sizes.width) for size in sizes.classes)
+
+    def forward(self, labels_Bn: Tensor) -> Tensor:
+        return torch.stack([table(labels_Bn[:, i]) for i, table in enumerate(self.tables)]).sum(0)
 
 
 class PublishedLoop(nn.Module):
@@ -221,32 +235,37 @@ class PublishedLoop(nn.Module):
         self.labels = Labels(sizes)
 
     @torch.no_grad()
-    def sample(self, labels_B: Tensor, uniforms: Sequence[Tensor], cfg: float, top_k: int, top_p: float,
-               phase: Phase = lambda name: nullcontext()) -> tuple[Tensor, list[Tensor]]:
+    def sample(self, labels_Bn: Tensor, uniforms: Sequence[Tensor], cfg: float, top_k: int | None, top_p: float | None,
+               temperature: float = 1.0, phase: Phase = lambda name: nullcontext()) -> tuple[Tensor, list[Tensor]]:
         """Pictures (B, 3, S, S) in [-1, 1] and the tokens of every scale, (B, L_k).
 
         uniforms: one number in (0, 1) a position, (B, L_k) a scale, in place of the published multinomial draw, so
         that the library can be given the same; cfg: the published strength (1 less than the usual guidance scale);
         phase: called with the name of each part of the work, for timing.
         """
-        sizes, b = self.sizes, len(labels_B)
+        sizes, b, device = self.sizes, len(labels_Bn), labels_Bn.device
         side, steps = sizes.sides[-1], len(sizes.sides)
-        with phase("transformer"):
-            for block in self.generator.blocks:
-                block.attention.cached_k = block.attention.cached_v = None
-            cond = self.labels.tables[0](torch.cat([labels_B, torch.full_like(labels_B, sizes.classes)]))
-            levels = torch.tensor([k for k, s in enumerate(sizes.sides) for _ in range(s * s)])
+        with phase("embedding"):
+            for module in self.generator.modules():
+                if isinstance(module, Attention):
+                    module.cached_k = module.cached_v = None
+            none = torch.tensor(sizes.classes, device=device).expand_as(labels_Bn)
+            cond = self.labels(torch.cat([labels_Bn, none]))
+            levels = torch.tensor([k for k, s in enumerate(sizes.sides) for _ in range(s * s)], device=device)
             places = self.generator.position + self.generator.level(levels)[None]
             x = cond[:, None] + self.generator.start + places[:, :sizes.sides[0] ** 2]
-        f_hat = torch.zeros(b, sizes.latent_width, side, side)
+        f_hat = torch.zeros(b, sizes.latent_width, side, side, device=device)
         tokens, first = [], 0
         for k, p in enumerate(sizes.sides):
             first += p * p
             ratio = k / (steps - 1)
-            with phase("transformer"):
-                logits = self.head(self.generator(x, cond)).float()
+            with phase("network"):
+                hidden = self.generator(x, cond)
+            with phase("head"):
+                logits = self.head(hidden).float()
             with phase("sampling"):
                 logits = (1 + cfg * ratio) * logits[:b] - cfg * ratio * logits[b:]
+                logits = logits / temperature if temperature != 1 else logits
                 drawn = draw(narrow(logits, top_k, top_p), uniforms[k])
                 tokens.append(drawn)
             with phase("canvas"):
@@ -255,7 +274,7 @@ class PublishedLoop(nn.Module):
                     h = F.interpolate(h, size=(side, side), mode="bicubic")
                 f_hat = f_hat + 0.5 * h + 0.5 * self.tokenizer.quantiser.phis[sizes.phi_of_step[k]](h)
             if k < steps - 1:
-                with phase("transformer"):
+                with phase("embedding"):
                     q = sizes.sides[k + 1]
                     small = F.interpolate(f_hat, size=(q, q), mode="area").flatten(2).transpose(1, 2)
                     x = (self.generator.word(small) + places[:, first:first + q * q]).repeat(2, 1, 1)
@@ -263,10 +282,11 @@ class PublishedLoop(nn.Module):
             return self.tokenizer.decoder(self.tokenizer.from_latent(f_hat)).clamp(-1, 1), tokens
 
 
-def narrow(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def narrow(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Top-k by threshold, then top-p by sorting all V logits of every position."""
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+        logits = logits.masked_fill(logits < best[..., -1:], -torch.inf)
     if top_p:
         rising, index = logits.sort(dim=-1)
         drop = rising.softmax(-1).cumsum(-1) <= 1 - top_p
