@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
         r, length, c = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x, bias.to(self.qkv.weight.dtype))
+        qkv = self.qkv(x, bias)
         scale = self.plain_scale if self.scale_1H11 is None else 1.0
         if self.scale_1H11 is None:
             q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
