@@ -301,7 +301,7 @@ class Memory:
                 return tuple(pick(v) for v in value)
             return value[rows_R] if len(value) > highest else value  # a leading 1 is shared by all rows
 
-        highest = int(rows_R.max())
+        highest = int(rows_R.max()) if len(rows_R) else 0
         provisional = None if self.provisional is None else self.provisional.of(rows_R)
 
         def pick_group(group: Group) -> Group:

@@ -1,0 +1,342 @@
+"""LiteVAR (Xie et al., arXiv 2411.17178): window attention, attention shared by guidance branches, rounded weights.
+
+Three parts, each by itself and all together; nothing is trained.
+
+Multi-diagonal window attention. A row at cell (y, x) of step k, on a grid (h_k, w_k), sees of step j <= k the cells
+
+    |y' - ŷ| <= max(r h_j, 1/2)  and  |x' - x̂| <= max(r w_j, 1/2),     ŷ = (y + 1/2) h_j / h_k - 1/2,  x̂ alike
+
+with reach r in 0..1; steps of few cells stay visible as a whole. In raster order this is one band of diagonals a step.
+
+Attention sharing: softmax(q k^T) v is computed for the first guidance branch and copied to the others, before the
+output projection; adaLN, MLP and residual streams stay each branch's own. Layers share at all steps, so that the other
+branches' keys and values are not kept.
+
+Rounding (``quantise``): weights of 8 bits, an output channel its own scale. The second layer of the MLP stays, since
+its inputs, behind the GELU, have a long tail; so do modulations, embeddings and the head.
+
+The paper came without code: the window's rule and the choice of layers follow its group's DiTFastAttn (2406.08552).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.acceleration.calibration import Observed, Statistic, grid_of, measure
+from nextscale.context import Attend, Context, Hook, overrides
+from nextscale.errors import InputError
+from nextscale.layers import quantised
+from nextscale.layers.attention import attention, pairs
+from nextscale.layers.memory import Tags
+from nextscale.plan import Plan
+from nextscale.run import At, Rows
+
+KEPT = ("mlp.contract",)
+"""Layers whose weights are not rounded, by the ends of their names."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rule of the window: who sees whom among the cells of a plan with these grids (h, w).
+
+    reach: of the rows of every step, as a share of the map, 1 for all of it; dense: grids of at most that many cells a
+    side are seen as a whole. A window covers both maps of a joint plan.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    reach: tuple[float, ...]
+    dense: int = 4
+
+    def sees(self, query: Tags, key: Tags) -> Tensor:
+        """Boolean tensor, the broadcast of the tags: is the key's cell in the query's window?"""
+        high_NN, wide_NN, start_K2 = _tables(self, query.step.device)
+        at, to = start_K2[query.step.long()] + query.cell[..., 1:], start_K2[key.step.long()] + key.cell[..., 1:]
+        return high_NN[at[..., 0], to[..., 0]] & wide_NN[at[..., 1], to[..., 1]]
+
+    def covers(self, step: int) -> bool:
+        """Whether rows of a step see all cells of it and of the steps before."""
+        return all(bool((self.counts[axis][step, :step + 1] == self.sides[axis][step] * self.sides[axis][:step + 1])
+                        .all()) for axis in (0, 1))
+
+    @cached_property
+    def sides(self) -> Tensor:
+        """Heights, then widths, (2, K)."""
+        return torch.tensor(self.grids).T
+
+    def lines(self, axis: int) -> Tensor:
+        """Which lines (rows of cells for axis 0, columns for 1) see which, all steps' one after the other, (N, N)."""
+        side_K = self.sides[axis]
+        step_N = torch.repeat_interleave(torch.arange(len(side_K)), side_K)
+        place_N = torch.arange(len(step_N)) - (side_K.cumsum(0) - side_K)[step_N]
+        side_N, centre_N = side_K[step_N].double(), 2.0 * place_N + 1
+        apart = (centre_N[None] * side_N[:, None] - centre_N[:, None] * side_N[None]).abs()  # in 1 / (2 h_k h_j)
+        reach_N1 = torch.tensor(self.reach, dtype=torch.float64)[step_N][:, None]
+        inside = apart <= torch.maximum(2 * reach_N1 * side_N[:, None] * side_N[None], side_N[:, None]) + 1e-6
+        return inside | (self.sides.amax(0) <= self.dense)[step_N][None]
+
+    @cached_property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Pairs of lines that see each other, by step of query and key, (K, K), for either axis."""
+        found = []
+        for axis in (0, 1):
+            of_NK = nn.functional.one_hot(torch.repeat_interleave(torch.arange(len(self.grids)), self.sides[axis]))
+            found.append((of_NK.T.double() @ self.lines(axis).double() @ of_NK.double()).round().long())
+        return found[0], found[1]
+
+    def pairs(self, plan: Plan) -> tuple[int, ...]:
+        """(query, key) pairs of every step of a plan that the window and the visibility show."""
+        before, found = plan.visible.previous, []
+        for k, step in enumerate(plan):
+            first = 0 if before is None else max(0, k - before)
+            shown = self.counts[0][k, first:k + 1] * self.counts[1][k, first:k + 1]
+            found.append(int(shown.sum()) * step.maps**2)
+        return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _tables(window: Window, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The lines that see each other on either axis, and the first line of every step, (K, 2)."""
+    with torch.inference_mode(False):
+        start_K2 = (window.sides.cumsum(1) - window.sides).T.contiguous()
+        return window.lines(0).to(device), window.lines(1).to(device), start_K2.to(device)
+
+
+@lru_cache(maxsize=256)
+def window_of(grids: tuple[tuple[int, int], ...], reach: tuple[float, ...], dense: int) -> Window:
+    """The window, made once."""
+    return Window(grids, reach, dense)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Attention over a whole plan, per picture and head, summed over layers and branches.
+
+    pairs: (query, key) pairs that are computed; all_pairs: those of the model as it is; rows, all_rows: keys and values
+    that are kept.
+    """
+
+    pairs: int
+    all_pairs: int
+    rows: int
+    all_rows: int
+
+
+@dataclass(frozen=True)
+class LiteVAR(Hook):
+    """Window attention and attention sharing in a scale-wise run.
+
+    window: reach of all layers and steps, a share of the map from 0 to 1 (1: all); dense: grids of at most that many
+    cells a side are seen as a whole; share: numbers of the blocks whose attention all guidance branches share;
+    calibration: what ``calibrate`` found, or a JSON file with it, in the place of window and share.
+
+    Raises InputError for values out of range, and for a calibration that can't be read.
+    """
+
+    window: float = 1.0
+    dense: int = 4
+    share: tuple[int, ...] = ()
+    calibration: str | dict[str, Any] = ""
+    reaches: tuple[tuple[float, ...], ...] = field(default=(), init=False, repr=False)
+    shared: frozenset[int] = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        reaches, dense, share = (), self.dense, self.share
+        if self.calibration:
+            if self.window != 1 or self.share:
+                raise InputError("litevar: a calibration says what windows and shared blocks there are; leave out "
+                                 "window and share")
+            reaches, dense, share = _read(self.calibration)
+        if not all(0 <= reach <= 1 for reach in (self.window, *(r for layer in reaches for r in layer))):
+            raise InputError(f"litevar: window is {self.window}; a reach is a share of the map, from 0 to 1")
+        if dense < 0 or any(block < 0 for block in share):
+            raise InputError(f"litevar: dense is {dense} and share {share}; neither can be negative")
+        for name, value in (("dense", dense), ("reaches", reaches), ("shared", frozenset(share))):
+            object.__setattr__(self, name, value)
+
+    def window_at(self, plan: Plan, block: int | None) -> Window | None:
+        """The window of a block, or of what is none of the network's (a control tower's): the calibrated one is not
+        its."""
+        if self.reaches:
+            return None if block is None else window_of(plan.grids, self.reaches[block], self.dense)
+        return None if self.window == 1 else window_of(plan.grids, (self.window,) * len(plan), self.dense)
+
+    def cost(self, plan: Plan, depth: int, branches: int = 2) -> Cost:
+        """What attention computes and keeps in a network of ``depth`` blocks."""
+        pairs = rows = 0
+        for block in range(depth):
+            window = self.window_at(plan, block)
+            computed = 1 if block in self.shared else branches
+            pairs += computed * (plan.pairs if window is None else sum(window.pairs(plan)))
+            rows += computed * plan.length
+        return Cost(pairs, branches * depth * plan.pairs, rows, branches * depth * plan.length)
+
+    def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
+        if sum(isinstance(hook, LiteVAR) for hook in hooks) > 1:
+            raise InputError("litevar: the run carries it twice; give all settings to one of them")
+        if any(step.count is not None for step in plan):
+            raise InputError("litevar: a step of this plan predicts a part of its grid, and windows are over whole "
+                             "maps; leave it out")
+        depth = getattr(getattr(model.generator, "config", None), "depth", 0)
+        depth = sum(depth) if isinstance(depth, tuple) else depth
+        if self.reaches and (len(self.reaches) != depth or any(len(layer) != len(plan) for layer in self.reaches)):
+            raise InputError(f"litevar: the calibration is for {len(self.reaches)} blocks and {len(self.reaches[0])} "
+                             f"steps, the run has {depth} and {len(plan)}; calibrate for this model")
+        if any(block >= depth for block in self.shared):
+            raise InputError(f"litevar: share names block {max(self.shared)}, but the network has {depth}")
+        if self.shared:
+            self._check_sharing(hooks)
+
+    def _check_sharing(self, hooks: Sequence[Hook]) -> None:
+        behind = False
+        for hook in hooks:
+            if overrides(hook, "residual"):
+                raise InputError(f"litevar: {type(hook).__name__} picks rows in every branch by itself, so attention "
+                                 "can't be copied from one to another; leave out share")
+            if behind and overrides(hook, "attend"):
+                raise InputError(f"litevar: {type(hook).__name__} wants keys of every branch, and share leaves those of "
+                                 "the first; name litevar behind it")
+            behind = behind or hook is self
+
+    def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
+               inner: Attend) -> Tensor:
+        plan = ctx.plan
+        if plan is None or ctx.network is None:
+            raise InputError("litevar: this pass doesn't say which plan and network it is of; leave it out")
+        block = block_of(ctx.network, address)
+        window = self.window_at(plan, block)
+        steps = range(len(plan)) if rows.spans is None else [span.step for span in rows.spans]
+        if window is not None and not all(map(window.covers, steps)):
+            rows = rows.narrow(window)
+        if block not in self.shared or len(ctx.branches) == 1:
+            return inner(q, k, v, rows)
+        if len(rows.step) > 1 or len(rows.cell) > 1:
+            raise InputError("litevar: the rows of a call differ from picture to picture, so attention can't be copied "
+                             "from one branch to another; leave out share")
+        first = len(q) // len(ctx.branches)
+        held = None if ctx.memory is None else ctx.memory.groups.get(address)
+        if held is None or len(held[0].k) == first:
+            k, v = (None if given is None else given[:first] for given in (k, v))
+        return inner(q[:first], k, v, rows).repeat(len(ctx.branches), 1, 1, 1)
+
+
+def block_of(network: Any, address: str) -> int | None:
+    """The number of a network's block by the address of its attention, ``name.i.kv``; None for others'."""
+    name, _, number = address.removesuffix(".kv").rpartition(".")
+    return int(number) if name == network.name and number.isdecimal() else None
+
+
+def _read(calibration: str | Mapping[str, Any]) -> tuple[tuple[tuple[float, ...], ...], int, tuple[int, ...]]:
+    where = "calibration"
+    if isinstance(calibration, str):
+        where = calibration
+        try:
+            calibration = json.loads(Path(calibration).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"litevar: {where} is no calibration that can be read ({error})") from None
+    try:
+        windows = tuple(tuple(float(reach) for reach in layer) for layer in calibration["windows"])  # type: ignore[index]
+        share = tuple(int(block) for block in calibration["share"])  # type: ignore[index]
+        return windows, int(calibration["dense"]), share  # type: ignore[index]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"litevar: {where} must have windows (a reach for every block and step), dense and share "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def quantise(generator: nn.Module, bits: int = 8, activation_bits: int | None = None, per_tensor: bool = False,
+             keep: Sequence[str] = KEPT) -> list[str]:
+    """Round a network's weights in place, see ``layers.quantised.quantise``; by default 8 bits, inputs as they are."""
+    return quantised.quantise(generator, bits, activation_bits, per_tensor, keep)
+
+
+# Calibration
+
+REACHES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
+
+
+def window_errors(reaches: Sequence[float], dense: int = 4) -> Statistic:
+    """What windows do to an attention: |o' - o|² / |o|² for every reach, (R, len(reaches))."""
+    def errors(seen: Observed) -> Tensor:
+        found = []
+        for reach in reaches:
+            window = window_of(seen.plan.grids, (reach,) * len(seen.plan), dense)
+            mask = None if window.covers(seen.step) else window.sees(*pairs(seen.rows.tags, seen.keys))
+            out = seen.output if mask is None else attention(seen.q, seen.k, seen.v, mask, seen.scale)
+            found.append(_apart(out, seen.output))
+        return torch.stack(found, 1)
+
+    return errors
+
+
+def sharing_error(seen: Observed) -> Tensor | None:
+    """What copying the first branch's attention does to the others: |o_1 - o|² / |o|², the mean over them, (B,)."""
+    if len(seen.branches) == 1:
+        return None
+    first, *others = (seen.of_branch(seen.output, name) for name in seen.branches)
+    return torch.stack([_apart(first, other) for other in others]).mean(0)
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """|one - other|² / |other|² of every row of the batch."""
+    one, other = one.float().flatten(1), other.float().flatten(1)
+    return (one - other).square().sum(1) / other.square().sum(1).clamp_min(1e-12)
+
+
+class _Logits(Hook):
+    """Keeps the guided logits that a scoring pass comes by."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        self.found.append(logits)
+        return logits
+
+
+def output_error(system: Any, tokens: Sequence[Tensor], labels: Any, hooks: Sequence[Hook], guidance: Any) -> float:
+    """How far hooks take the guided logits of given tokens from those without: |l' - l| / |l|, l centred."""
+    found = []
+    for used in ((), hooks):
+        keeps = _Logits()
+        system.log_prob(tokens, labels, guidance, hooks=[*used, keeps])
+        logits = torch.cat(keeps.found, 1)
+        found.append(logits - logits.mean(-1, keepdim=True))
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def calibrate(system: Any, labels: Any = None, count: int | None = None, *, budget: float = 0.1,
+              share_budget: float = 0.1, reaches: Sequence[float] = REACHES, dense: int = 4,
+              **options: Any) -> dict[str, Any]:
+    """Windows and shared blocks for a model, from a few pictures that it draws (``generate``'s labels, count, options).
+
+    Every block and step gets the smallest of the reaches that changes its attention's output by no more than
+    ``budget`` (root of the mean relative square), 1 where none does. Then blocks are made to share, those whose
+    branches are nearest to each other first, as long as the guided logits of the pictures stay within ``share_budget``
+    of those without sharing. What comes back goes into ``LiteVAR(calibration=...)`` and through JSON.
+
+    Raises InputError for budgets below 0, and for models that remember no keys.
+    """
+    if min(budget, share_budget) < 0:
+        raise InputError(f"litevar: budgets are {budget} and {share_budget}; neither can be negative")
+    statistics = {"window": window_errors(reaches, dense), "share": sharing_error}
+    means = measure(system, statistics, labels, count, **options)
+    error = grid_of(means["window"], len(system.generator.remembered), len(system.plan)).sqrt()
+    windows = [[next((reach for reach, e in zip(reaches, at, strict=True) if e <= budget), 1.0) for at in layer]
+               for layer in error.tolist()]
+    share: list[int] = []
+    if share_budget and means["share"]:
+        drawn = system.generate(labels, count, output="torch", **{"progress": False, **options})
+        guidance = system.guidance(drawn.settings)
+        apart = grid_of(means["share"], len(windows), len(system.plan)).mean(1)
+        for block in apart.argsort().tolist():
+            tried = LiteVAR(share=(*share, block))
+            if output_error(system, drawn.tokens, drawn.labels, [tried], guidance) <= share_budget:
+                share.append(block)
+    return {"grids": [list(grid) for grid in system.plan.grids], "dense": dense, "windows": windows,
+            "share": sorted(share), "budget": budget, "share_budget": share_budget}
