@@ -19,17 +19,17 @@ The paper came without code: the window's rule and the choice of layers follow i
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nextscale.acceleration.budgets import read_json
 from nextscale.acceleration.calibration import Observed, Statistic, grid_of, measure
+from nextscale.acceleration.memory_policy import MemoryPolicy
 from nextscale.context import Attend, Context, Hook, overrides
 from nextscale.errors import InputError
 from nextscale.layers import quantised
@@ -136,7 +136,7 @@ class LiteVAR(Hook):
     cells a side are seen as a whole; share: numbers of the blocks whose attention all guidance branches share;
     calibration: what ``calibrate`` found, or a JSON file with it, in the place of window and share.
 
-    Raises InputError for values out of range, and for a calibration that can't be read.
+    Raises InputError for values out of range, and DataError for a calibration that can't be read.
     """
 
     window: float = 1.0
@@ -147,7 +147,8 @@ class LiteVAR(Hook):
     shared: frozenset[int] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        reaches, dense, share = (), self.dense, self.share
+        reaches: tuple[tuple[float, ...], ...] = ()
+        dense, share = self.dense, self.share
         if self.calibration:
             if self.window != 1 or self.share:
                 raise InputError("litevar: a calibration says what windows and shared blocks there are; leave out "
@@ -190,19 +191,21 @@ class LiteVAR(Hook):
                              f"steps, the run has {depth} and {len(plan)}; calibrate for this model")
         if any(block >= depth for block in self.shared):
             raise InputError(f"litevar: share names block {max(self.shared)}, but the network has {depth}")
-        if self.shared:
-            self._check_sharing(hooks)
-
-    def _check_sharing(self, hooks: Sequence[Hook]) -> None:
-        behind = False
         for hook in hooks:
-            if overrides(hook, "residual"):
-                raise InputError(f"litevar: {type(hook).__name__} picks rows in every branch by itself, so attention "
-                                 "can't be copied from one to another; leave out share")
-            if behind and overrides(hook, "attend"):
-                raise InputError(f"litevar: {type(hook).__name__} wants keys of every branch, and share leaves those of "
-                                 "the first; name litevar behind it")
-            behind = behind or hook is self
+            self._check_beside(hook)
+
+    def _check_beside(self, hook: Hook) -> None:
+        name, narrows = type(hook).__name__, bool(self.reaches) or self.window < 1
+        if self.shared and overrides(hook, "residual"):
+            raise InputError(f"litevar: {name} picks rows in every branch by itself, so attention can't be copied from "
+                             "one to another; leave out share")
+        if isinstance(hook, MemoryPolicy):
+            if self.shared:
+                raise InputError(f"litevar: {name} chooses what to remember in every branch, and share leaves keys of "
+                                 "the first alone; leave out share")
+            if narrows and type(hook).before is not MemoryPolicy.before:
+                raise InputError(f"litevar: {name} drops keys before attention reads them, perhaps all that a window "
+                                 "shows; leave out window")
 
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Attend) -> Tensor:
@@ -233,20 +236,15 @@ def block_of(network: Any, address: str) -> int | None:
 
 
 def _read(calibration: str | Mapping[str, Any]) -> tuple[tuple[tuple[float, ...], ...], int, tuple[int, ...]]:
-    where = "calibration"
-    if isinstance(calibration, str):
-        where = calibration
-        try:
-            calibration = json.loads(Path(calibration).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"litevar: {where} is no calibration that can be read ({error})") from None
+    """Reaches, dense and shared blocks of a calibration. Raises InputError and DataError where they aren't there."""
+    where = calibration if isinstance(calibration, str) else "calibration"
+    found = read_json(calibration) if isinstance(calibration, str) else calibration
     try:
-        windows = tuple(tuple(float(reach) for reach in layer) for layer in calibration["windows"])  # type: ignore[index]
-        share = tuple(int(block) for block in calibration["share"])  # type: ignore[index]
-        return windows, int(calibration["dense"]), share  # type: ignore[index]
+        reaches = tuple(tuple(float(reach) for reach in layer) for layer in found["windows"])
+        return reaches, int(found["dense"]), tuple(int(block) for block in found["share"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"litevar: {where} must have windows (a reach for every block and step), dense and share "
-                         f"({type(error).__name__}: {error})") from None
+                         f"({type(error).__name__}: {error}); nextscale calibrate litevar writes one") from None
 
 
 def quantise(generator: nn.Module, bits: int = 8, activation_bits: int | None = None, per_tensor: bool = False,
@@ -257,10 +255,7 @@ def quantise(generator: nn.Module, bits: int = 8, activation_bits: int | None = 
 
 # Calibration
 
-REACHES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
-
-
-def window_errors(reaches: Sequence[float], dense: int = 4) -> Statistic:
+def window_errors(reaches: Sequence[float], dense: int) -> Statistic:
     """What windows do to an attention: |o' - o|² / |o|² for every reach, (R, len(reaches))."""
     def errors(seen: Observed) -> Tensor:
         found = []
@@ -310,33 +305,51 @@ def output_error(system: Any, tokens: Sequence[Tensor], labels: Any, hooks: Sequ
     return float((found[1] - found[0]).norm() / found[0].norm())
 
 
-def calibrate(system: Any, labels: Any = None, count: int | None = None, *, budget: float = 0.1,
-              share_budget: float = 0.1, reaches: Sequence[float] = REACHES, dense: int = 4,
-              **options: Any) -> dict[str, Any]:
-    """Windows and shared blocks for a model, from a few pictures that it draws (``generate``'s labels, count, options).
+@dataclass(frozen=True)
+class Calibration:
+    """Finds windows and shared blocks for a model, from a few pictures that it draws.
 
-    Every block and step gets the smallest of the reaches that changes its attention's output by no more than
-    ``budget`` (root of the mean relative square), 1 where none does. Then blocks are made to share, those whose
-    branches are nearest to each other first, as long as the guided logits of the pictures stay within ``share_budget``
-    of those without sharing. What comes back goes into ``LiteVAR(calibration=...)`` and through JSON.
-
-    Raises InputError for budgets below 0, and for models that remember no keys.
+    budget: every block and step gets the smallest of the ``reaches`` that changes its attention's output by no more
+    than this (root of the mean relative square), and the whole map where none does. share_budget: blocks are made to
+    share, those whose branches are nearest to each other first, as long as the guided logits of the pictures stay
+    within this of those without sharing. Raises InputError for budgets below 0.
     """
-    if min(budget, share_budget) < 0:
-        raise InputError(f"litevar: budgets are {budget} and {share_budget}; neither can be negative")
-    statistics = {"window": window_errors(reaches, dense), "share": sharing_error}
-    means = measure(system, statistics, labels, count, **options)
-    error = grid_of(means["window"], len(system.generator.remembered), len(system.plan)).sqrt()
-    windows = [[next((reach for reach, e in zip(reaches, at, strict=True) if e <= budget), 1.0) for at in layer]
-               for layer in error.tolist()]
-    share: list[int] = []
-    if share_budget and means["share"]:
-        drawn = system.generate(labels, count, output="torch", **{"progress": False, **options})
+
+    budget: float = 0.1
+    share_budget: float = 0.1
+    reaches: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
+    dense: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.budget, self.share_budget) < 0:
+            raise InputError(f"litevar: budgets are {self.budget} and {self.share_budget}; neither can be negative")
+
+    def run(self, system: Any, labels: Any = None, count: int | None = None, **options: Any) -> dict[str, Any]:
+        """What ``LiteVAR(calibration=...)`` reads. Raises InputError for models that remember no keys."""
+        statistics = {"window": window_errors(self.reaches, self.dense), "share": sharing_error}
+        means = measure(system, statistics, labels, count, **options)
+        blocks, grids = len(system.generator.remembered), system.plan.grids
+        error_LKN = grid_of(means["window"], blocks, len(grids)).sqrt()
+        covered = [window_of(grids, (0.0,) * len(grids), self.dense).covers(k) for k in range(len(grids))]
+        windows = [[1.0 if covered[k] else self._smallest(errors) for k, errors in enumerate(layer)]
+                   for layer in error_LKN.tolist()]
+        share: list[int] = []
+        if self.share_budget and means["share"]:
+            apart_L = grid_of(means["share"], blocks, len(grids)).mean(1)
+            share = self._share(system, apart_L.argsort().tolist(), labels, count, options)
+        return {"windows": windows, "dense": self.dense, "share": share, "grids": [list(grid) for grid in grids]}
+
+    def _smallest(self, errors: Sequence[float]) -> float:
+        return next((reach for reach, error in sorted(zip(self.reaches, errors, strict=True))
+                     if error <= self.budget), 1.0)
+
+    def _share(self, system: Any, order: Sequence[int], labels: Any, count: int | None,
+               options: Mapping[str, Any]) -> list[int]:
+        drawn = system.generate(labels, count, **{**options, "output": "torch"})
         guidance = system.guidance(drawn.settings)
-        apart = grid_of(means["share"], len(windows), len(system.plan)).mean(1)
-        for block in apart.argsort().tolist():
+        share: tuple[int, ...] = ()
+        for block in order:
             tried = LiteVAR(share=(*share, block))
-            if output_error(system, drawn.tokens, drawn.labels, [tried], guidance) <= share_budget:
-                share.append(block)
-    return {"grids": [list(grid) for grid in system.plan.grids], "dense": dense, "windows": windows,
-            "share": sorted(share), "budget": budget, "share_budget": share_budget}
+            if output_error(system, drawn.tokens, drawn.labels, [tried], guidance) <= self.share_budget:
+                share = tried.share
+        return sorted(share)

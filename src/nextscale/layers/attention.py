@@ -90,8 +90,8 @@ def visibility_mask(sees: Sees, query: Tags, key: Tags) -> Any:
     """The mask of rows that carry tags, in the form that the device computes fastest.
 
     ``sees(query, key)`` broadcasts over tags; query's are (1|R, L), key's (1|R, N) or, where heads have other keys,
-    (R, H, N); keys that don't count (``key.valid``) are hidden. On CUDA, where all rows share their tags, a FlexAttention
-    block mask, which skips the blocks that nothing sees; else booleans (1|R, 1|H, L, N).
+    (R, H, N); keys that don't count (``key.valid``) are hidden. On CUDA, where all rows share their tags, a
+    FlexAttention block mask, which skips the blocks that nothing sees; else booleans (1|R, 1|H, L, N).
     """
     if query.step.device.type == "cuda" and key.valid is None and key.step.ndim == 2 \
             and max(len(tags) for tags in (query.step, query.cell, key.step, key.cell)) == 1:

@@ -15,7 +15,7 @@ class QuantisedLinear(nn.Module):
     """y = W x + b with W = scale * values: integers of ``bits`` bits in int8, one scale an output channel (symmetric).
 
     The scales are bfloat16 numbers, whatever holds them, so that both precisions multiply by the same weights. The
-    product is made with weights of the input's type, written anew in every call: torch's own product with int8 weights
+    product is made with weights of the scales' type, written anew in every call: torch's own product with int8 weights
     (``_weight_int8pack_mm``) is slower than that from a few rows on. activation_bits: round inputs, too, to that many
     bits: a row by its own largest value, or with ``per_tensor`` all of a call by theirs. That saves nothing here, it
     shows what integer products would give.
@@ -40,6 +40,11 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("scale", scale.to(weight.dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights that it multiplies by, made anew."""
+        return self.values.to(self.scale.dtype) * self.scale
+
     def forward(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x (..., in) to (..., out), as ``Linear`` has it."""
         bias = self.bias if bias is None else bias
@@ -47,8 +52,7 @@ class QuantisedLinear(nn.Module):
             largest = x.abs().amax() if self.per_tensor else x.abs().amax(-1, keepdim=True)
             steps, scale = rounded(x, self.activation_bits, largest)
             x = (steps.to(torch.float32) * scale).to(x.dtype)
-        weight = self.values.to(x.dtype) * self.scale.to(x.dtype)
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, self.weight, None if bias is None else bias.to(x.dtype))
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def extra_repr(self) -> str:
@@ -57,7 +61,7 @@ class QuantisedLinear(nn.Module):
 
 
 def rounded(x: Tensor, bits: int, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """x as integers in int8 and the scale (float32) that gives it back: round(x / s), s = largest / (2^(bits-1) - 1)."""
+    """x as integers in int8, round(x / s), and the scale s = largest / (2^(bits-1) - 1) that gives it back, float32."""
     top = 2 ** (bits - 1) - 1
     scale = (largest.float() / top).bfloat16().float().clamp_min(torch.finfo(torch.bfloat16).tiny)
     return (x.float() / scale).round().clamp(-top, top).to(torch.int8), scale
