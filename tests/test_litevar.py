@@ -162,17 +162,31 @@ def test_keys_of_the_branches_that_share_are_not_kept() -> None:
 
 
 def test_the_others_get_the_first_branch_s_attention() -> None:
-    """Where the residual streams are the same, too, sharing is exact: both branches of the same class."""
-    system, seen = tiny_var(GRIDS), {}
-
-    class Outputs(Hook):
+    """A copy of the whole attention's output, all branches computed, gives the same log-probabilities."""
+    class Copies(Hook):
         def attend(self, ctx: Any, address: str, q: Tensor, k: Any, v: Any, rows: Any, inner: Any) -> Tensor:
             out = inner(q, k, v, rows)
-            seen[address, rows.spans[-1].step] = out
-            return out
+            return out[:len(out) // 2].repeat(2, 1, 1, 1) if address == "base.1.kv" else out
 
-    finished(system, [LiteVAR(share=(1,)), Outputs()])
-    assert all(torch.equal(*out.chunk(2)) == (address == "base.1.kv") for (address, _), out in seen.items())
+    system = tiny_var(GRIDS)
+    copied, shared = finished(system, [Copies()]), finished(system, [LiteVAR(share=(1,))])
+    assert equal(copied, shared)
+    torch.testing.assert_close(torch.cat(copied.log_probs, 1), torch.cat(shared.log_probs, 1))
+
+
+def test_neither_keys_nor_projections_are_computed_for_the_branches_that_share() -> None:
+    """And where a network has an attention of its own, the hook cuts what it is given."""
+    system, batches = tiny_var(GRIDS), []
+    for layer in (system.generator.blocks[1].attention.qkv, system.generator.blocks[1].attention.projection):
+        layer.register_forward_pre_hook(lambda layer, given: batches.append(len(given[0])))
+    run = finished(system, [LiteVAR(share=(1,))])
+    assert set(batches) == {2}
+
+    class Late(LiteVAR):
+        leading = Hook.leading
+
+    again = finished(system, [Late(share=(1,))])
+    assert 4 in batches and equal(run, again) and again.memory.bytes() == run.memory.bytes()
 
 
 def test_a_run_that_began_without_sharing_goes_on_with_it_but_not_the_other_way_round() -> None:
@@ -225,7 +239,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(tmp_path: Path) -> None
     for hooks, message in (([LiteVAR(share=(2,))], "names block 2, but the network has 2"),
                            ([LiteVAR(), LiteVAR()], "twice"),
                            ([LiteVAR(share=(0,)), Picks()], "Picks picks rows in every branch"),
-                           ([LiteVAR(share=(0,)), ScaleKV(share=0.5)], "ScaleKV chooses what to remember"),
+                           ([LiteVAR(share=(0,)), ScaleKV(share=0.5)], "ScaleKV acts on the attention of every branch"),
                            ([LiteVAR(window=0.5), Before()], "perhaps all that a window shows"),
                            ([LiteVAR(calibration=other)], "for 2 blocks and 3 steps, the run has 2 and 5")):
         with pytest.raises(InputError, match=message):
@@ -299,7 +313,7 @@ def test_a_model_loads_with_int8_weights_and_says_what_it_cannot(tmp_path: Path)
 
 def test_a_trained_model_keeps_its_likelihood_with_eight_bits_if_fc2_stays_high() -> None:
     """The sheet's check: less than half a percent without fc2, several times more with it, a scale a tensor."""
-    system, count = nextscale.load("emoji-64"), 6
+    system, count = nextscale.load("emoji-64"), 4
     tokens = system.encode(emoji(count, 64, held_out=True))
 
     def score(**options: Any) -> Tensor:
@@ -334,7 +348,11 @@ def test_a_calibration_gives_windows_within_the_budget_and_goes_through_a_file(t
 
 def test_the_command_line_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["generate", "--model", "emoji-64", "--label", "flag/noto", "--count", "1"]
-    for out, more in (("a.png", []), ("b.png", ["--hook", "litevar window=0.25 share=[0,1]", "--precision", "int8"])):
-        assert main.run([*given, "--out", out, *more]) == 0
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    folders.save(tiny_var(GRIDS), tmp_path / "model")
+    given = ["--model", "model", "--label", "3", "--count", "2"]
+    loose = ["--out", "found.json", "--set", "dense=2", "--set", "budget=9"]
+    assert main.run(["calibrate", "litevar", *given, *loose]) == 0
+    for out, more in (("a.png", []), ("b.png", ["--hook", "litevar window=0.2 dense=2 share=[0,1]"]),
+                      ("c.png", ["--hook", "litevar calibration=found.json", "--precision", "int8"])):
+        assert main.run(["generate", *given, "--out", out, *more]) == 0
+    assert len({(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 3

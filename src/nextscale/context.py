@@ -72,6 +72,11 @@ class Hook:
         """Around a residual branch (``kind``: ``"attention"``, ``"scan"``, ``"mlp"``); returns x plus what it adds."""
         return inner(x, rows)
 
+    def leading(self, ctx: Context, address: str, count: int, rows: Rows) -> int:
+        """Of how many of the batch's ``count`` rows an attention is computed, those that lead it (the first branches);
+        the others get a copy of what it gives them."""
+        return count
+
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Attend) -> Tensor:
         """Around an attention: before ``inner`` the rows of this call are not in memory yet, after it they are."""
@@ -114,6 +119,7 @@ class Context:
         self.scratch: dict[Any, Any] = {}
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
+        self._leads = [h for h in hooks if overrides(h, "leading")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
         self._offers: dict[str, tuple[Callable[[], Tensor], Rows]] = {}
 
@@ -150,6 +156,13 @@ class Context:
         for hook in self._residual:
             inner = _wrap_residual(hook, self, address, kind, inner)
         return inner(x, rows)
+
+    def leading(self, address: str, x: Tensor, rows: Rows) -> Tensor:
+        """Of rows x (R, L, C), those of the batch that an attention is computed of: all, or the leading ones."""
+        count = len(x)
+        for hook in self._leads:
+            count = min(count, hook.leading(self, address, len(x), rows))
+        return x if count == len(x) else x[:count]
 
     def attend(self, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                krows: Rows | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ with reach r in 0..1; steps of few cells stay visible as a whole. In raster orde
 
 Attention sharing: softmax(q k^T) v is computed for the first guidance branch and copied to the others, before the
 output projection; adaLN, MLP and residual streams stay each branch's own. Layers share at all steps, so that the other
-branches' keys and values are not kept.
+branches' queries, keys and values are neither computed nor kept, and the projection of equal rows is computed once.
 
 Rounding (``quantise``): weights of 8 bits, an output channel its own scale. The second layer of the MLP stays, since
 its inputs, behind the GELU, have a long tail; so do modulations, embeddings and the head.
@@ -60,10 +60,11 @@ class Window:
         at, to = start_K2[query.step.long()] + query.cell[..., 1:], start_K2[key.step.long()] + key.cell[..., 1:]
         return high_NN[at[..., 0], to[..., 0]] & wide_NN[at[..., 1], to[..., 1]]
 
-    def covers(self, step: int) -> bool:
-        """Whether rows of a step see all cells of it and of the steps before."""
-        return all(bool((self.counts[axis][step, :step + 1] == self.sides[axis][step] * self.sides[axis][:step + 1])
-                        .all()) for axis in (0, 1))
+    @cached_property
+    def covers(self) -> tuple[bool, ...]:
+        """Of every step, whether its rows see all cells of it and of the steps before."""
+        return tuple(all(bool((counts[k, :k + 1] == side[k] * side[:k + 1]).all())
+                         for counts, side in zip(self.counts, self.sides, strict=True)) for k in range(len(self.grids)))
 
     @cached_property
     def sides(self) -> Tensor:
@@ -199,13 +200,12 @@ class LiteVAR(Hook):
         if self.shared and overrides(hook, "residual"):
             raise InputError(f"litevar: {name} picks rows in every branch by itself, so attention can't be copied from "
                              "one to another; leave out share")
-        if isinstance(hook, MemoryPolicy):
-            if self.shared:
-                raise InputError(f"litevar: {name} chooses what to remember in every branch, and share leaves keys of "
-                                 "the first alone; leave out share")
-            if narrows and type(hook).before is not MemoryPolicy.before:
-                raise InputError(f"litevar: {name} drops keys before attention reads them, perhaps all that a window "
-                                 "shows; leave out window")
+        if self.shared and overrides(hook, "attend") and hook is not self:
+            raise InputError(f"litevar: {name} acts on the attention of every branch, and share computes that of the "
+                             "first alone; leave out share")
+        if narrows and isinstance(hook, MemoryPolicy) and type(hook).before is not MemoryPolicy.before:
+            raise InputError(f"litevar: {name} drops keys before attention reads them, perhaps all that a window "
+                             "shows; leave out window")
 
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Attend) -> Tensor:
@@ -215,18 +215,36 @@ class LiteVAR(Hook):
         block = block_of(ctx.network, address)
         window = self.window_at(plan, block)
         steps = range(len(plan)) if rows.spans is None else [span.step for span in rows.spans]
-        if window is not None and not all(map(window.covers, steps)):
+        if window is not None and not all(window.covers[k] for k in steps):
             rows = rows.narrow(window)
-        if block not in self.shared or len(ctx.branches) == 1:
+        first = self._computed(ctx, address, len(q), rows)
+        if first == len(q) or ("litevar", address) in ctx.scratch:
             return inner(q, k, v, rows)
+        if self._kept_alone(ctx, address, first):
+            k, v = (None if given is None else given[:first] for given in (k, v))
+        return inner(q[:first], k, v, rows).repeat(len(ctx.branches), 1, 1, 1)
+
+    def leading(self, ctx: Context, address: str, count: int, rows: Rows) -> int:
+        first = self._computed(ctx, address, count, rows)
+        if first == count or not self._kept_alone(ctx, address, first):
+            return count
+        ctx.scratch["litevar", address] = first  # what comes to ``attend`` is of the first branch already
+        return first
+
+    def _computed(self, ctx: Context, address: str, count: int, rows: Rows) -> int:
+        """How many of the batch's rows an attention is computed for."""
+        if len(ctx.branches) == 1 or ctx.network is None or block_of(ctx.network, address) not in self.shared:
+            return count
         if len(rows.step) > 1 or len(rows.cell) > 1:
             raise InputError("litevar: the rows of a call differ from picture to picture, so attention can't be copied "
                              "from one branch to another; leave out share")
-        first = len(q) // len(ctx.branches)
+        return count // len(ctx.branches)
+
+    @staticmethod
+    def _kept_alone(ctx: Context, address: str, first: int) -> bool:
+        """Whether memory need not hold the other branches' keys: it does in a run that began without sharing."""
         held = None if ctx.memory is None else ctx.memory.groups.get(address)
-        if held is None or len(held[0].k) == first:
-            k, v = (None if given is None else given[:first] for given in (k, v))
-        return inner(q[:first], k, v, rows).repeat(len(ctx.branches), 1, 1, 1)
+        return held is None or len(held[0].k) == first
 
 
 def block_of(network: Any, address: str) -> int | None:
@@ -261,7 +279,7 @@ def window_errors(reaches: Sequence[float], dense: int) -> Statistic:
         found = []
         for reach in reaches:
             window = window_of(seen.plan.grids, (reach,) * len(seen.plan), dense)
-            mask = None if window.covers(seen.step) else window.sees(*pairs(seen.rows.tags, seen.keys))
+            mask = None if window.covers[seen.step] else window.sees(*pairs(seen.rows.tags, seen.keys))
             out = seen.output if mask is None else attention(seen.q, seen.k, seen.v, mask, seen.scale)
             found.append(_apart(out, seen.output))
         return torch.stack(found, 1)
@@ -330,7 +348,7 @@ class Calibration:
         means = measure(system, statistics, labels, count, **options)
         blocks, grids = len(system.generator.remembered), system.plan.grids
         error_LKN = grid_of(means["window"], blocks, len(grids)).sqrt()
-        covered = [window_of(grids, (0.0,) * len(grids), self.dense).covers(k) for k in range(len(grids))]
+        covered = window_of(grids, (0.0,) * len(grids), self.dense).covers
         windows = [[1.0 if covered[k] else self._smallest(errors) for k, errors in enumerate(layer)]
                    for layer in error_LKN.tolist()]
         share: list[int] = []
