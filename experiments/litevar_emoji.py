@@ -2,6 +2,7 @@
 
     python experiments/litevar_emoji.py count                       # pairs at 256, 512, 1024 pixels, bytes; no weights
     python experiments/litevar_emoji.py draw [--pictures 32]        # pictures of emoji-64 beside those without
+    python experiments/litevar_emoji.py load [--pictures 32]        # the same for models loaded as bf16 and int8
     python experiments/litevar_emoji.py round [--pictures 64]       # likelihood of held-out emoji, rounded weights
     python experiments/litevar_emoji.py calibrate --budgets 0.2:0.1,0.3:0.1
 
@@ -93,20 +94,23 @@ def count(given: argparse.Namespace) -> None:
         print(f"| {name} | {weight_bytes(network):,} | {weight_bytes(network) / whole:.3f} |")
 
 
-def compare(system: Any, hooks: dict[str, LiteVAR], pictures: int) -> None:
+def compare(system: Any, hooks: dict[str, LiteVAR], pictures: int, others: dict[str, Any] | None = None) -> None:
+    """Rows for hooks, and for the same model held otherwise, beside the model as it is."""
     labels = labels_of(system, pictures)
     plain = system.generate(labels, output="torch", progress=False)
     guidance, depth = system.guidance(plain.settings), system.config.generator.depth
     base = system.log_prob(plain.tokens, plain.labels, guidance).token
     print("| | attention pairs | keys kept | PSNR | equal tokens | logits apart | log-probability of a token |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, hook in hooks.items():
-        cost = hook.cost(system.plan, depth)
-        drawn = system.generate(labels, output="torch", progress=False, hooks=[hook])
+    rows = [(name, system, [hook]) for name, hook in hooks.items()]
+    rows += [(name, other, []) for name, other in (others or {}).items()]
+    for name, used, hooked in rows:
+        cost = (hooked or [LiteVAR()])[0].cost(system.plan, depth)
+        drawn = used.generate(labels, output="torch", progress=False, hooks=hooked)
         error = ((drawn.images - plain.images) / 2).square().mean((1, 2, 3)).clamp_min(1e-10)
         same = torch.cat([a == b for a, b in zip(drawn.tokens, plain.tokens, strict=True)], 1).float().mean()
-        apart = output_error(system, plain.tokens, plain.labels, [hook], guidance)
-        lost = (system.log_prob(plain.tokens, plain.labels, guidance, hooks=[hook]).token - base).mean()
+        apart = output_error(system, plain.tokens, plain.labels, hooked, guidance) if hooked else float("nan")
+        lost = (used.log_prob(plain.tokens, plain.labels, guidance, hooks=hooked).token - base).mean()
         print(f"| {name} | {cost.pairs / cost.all_pairs:.3f} | {cost.rows / cost.all_rows:.2f} | "
               f"{-10 * error.log10().mean():.1f} | {same:.3f} | {apart:.3f} | {lost:+.3f} |", flush=True)
 
@@ -118,6 +122,13 @@ def draw(given: argparse.Namespace) -> None:
     hooks |= {f"block {block} shares": LiteVAR(share=(block,)) for block in range(depth)}
     hooks |= {"all blocks share": LiteVAR(share=tuple(range(depth)))}
     compare(system, hooks, given.pictures)
+
+
+def load(given: argparse.Namespace) -> None:
+    others = {name: nextscale.load("emoji-64", precision=name) for name in ("bf16", "int8")}
+    for name, other in others.items():
+        print(f"{name}: {weight_bytes(other.generator):,} bytes in the network")
+    compare(nextscale.load("emoji-64"), {}, given.pictures, others)
 
 
 def calibrate(given: argparse.Namespace) -> None:
@@ -147,11 +158,11 @@ def round_weights(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("count", "draw", "round", "calibrate"))
+    parser.add_argument("what", choices=("count", "draw", "load", "round", "calibrate"))
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--budgets", default="0.2:0.1,0.3:0.15", help="window:share, with commas between")
     given = parser.parse_args()
-    {"count": count, "draw": draw, "round": round_weights, "calibrate": calibrate}[given.what](given)
+    {"count": count, "draw": draw, "load": load, "round": round_weights, "calibrate": calibrate}[given.what](given)
 
 
 if __name__ == "__main__":
