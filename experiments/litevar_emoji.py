@@ -81,6 +81,12 @@ def count(given: argparse.Namespace) -> None:
             both = LiteVAR(window=reach, share=tuple(range(8))).cost(plan, 16)
             print(f"| {size} | {reach} | {sum(pairs) / plan.pairs:.3f} | {pairs[-1] / all_rows:.3f} | {share:.2f} | "
                   f"{both.pairs / both.all_pairs:.3f} |")
+    print("\nShare of the pairs by scale, reach 0.2:")
+    for size, sides in PLANS.items():
+        plan = Plan.scales(sides)
+        shown = window_of(plan.grids, (0.2,) * len(plan), 4).pairs(plan)
+        print(f"{size}:", *(f"{n / (step.rows * end):.2f}"
+                            for n, step, end in zip(shown, plan, plan.starts[1:], strict=True)))
     print("\n| var-d16's network | bytes | of bf16's |\n| --- | ---: | ---: |")
     config = folders.model_config("var-d16")
     assert config is not None

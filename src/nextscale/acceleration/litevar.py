@@ -20,7 +20,7 @@ The paper came without code: the window's rule and the choice of layers follow i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -131,7 +131,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class LiteVAR(Hook):
-    """Window attention and attention sharing in a scale-wise run.
+    """LiteVAR: window attention, and attention shared by guidance branches (arXiv 2411.17178).
 
     window: reach of all layers and steps, a share of the map from 0 to 1 (1: all); dense: grids of at most that many
     cells a side are seen as a whole; share: numbers of the blocks whose attention all guidance branches share;
@@ -144,30 +144,33 @@ class LiteVAR(Hook):
     dense: int = 4
     share: tuple[int, ...] = ()
     calibration: str | dict[str, Any] = ""
-    reaches: tuple[tuple[float, ...], ...] = field(default=(), init=False, repr=False)
-    shared: frozenset[int] = field(default=frozenset(), init=False, repr=False)
-
     def __post_init__(self) -> None:
-        reaches: tuple[tuple[float, ...], ...] = ()
-        dense, share = self.dense, self.share
-        if self.calibration:
-            if self.window != 1 or self.share:
-                raise InputError("litevar: a calibration says what windows and shared blocks there are; leave out "
-                                 "window and share")
-            reaches, dense, share = _read(self.calibration)
+        reaches, dense, shared = self.parts
+        if self.calibration and (self.window != 1 or self.share):
+            raise InputError("litevar: a calibration says what windows and shared blocks there are; leave out window "
+                             "and share")
         if not all(0 <= reach <= 1 for reach in (self.window, *(r for layer in reaches for r in layer))):
             raise InputError(f"litevar: window is {self.window}; a reach is a share of the map, from 0 to 1")
-        if dense < 0 or any(block < 0 for block in share):
-            raise InputError(f"litevar: dense is {dense} and share {share}; neither can be negative")
-        for name, value in (("dense", dense), ("reaches", reaches), ("shared", frozenset(share))):
-            object.__setattr__(self, name, value)
+        if dense < 0 or any(block < 0 for block in shared):
+            raise InputError(f"litevar: dense is {dense} and share {sorted(shared)}; neither can be negative")
+
+    @cached_property
+    def parts(self) -> tuple[tuple[tuple[float, ...], ...], int, frozenset[int]]:
+        """A reach for every block and step (none: ``window`` is that of all), dense, and the blocks that share."""
+        return _read(self.calibration) if self.calibration else ((), self.dense, frozenset(self.share))
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """The blocks that share."""
+        return self.parts[2]
 
     def window_at(self, plan: Plan, block: int | None) -> Window | None:
         """The window of a block, or of what is none of the network's (a control tower's): the calibrated one is not
         its."""
-        if self.reaches:
-            return None if block is None else window_of(plan.grids, self.reaches[block], self.dense)
-        return None if self.window == 1 else window_of(plan.grids, (self.window,) * len(plan), self.dense)
+        reaches, dense, _ = self.parts
+        if reaches:
+            return None if block is None else window_of(plan.grids, reaches[block], dense)
+        return None if self.window == 1 else window_of(plan.grids, (self.window,) * len(plan), dense)
 
     def cost(self, plan: Plan, depth: int, branches: int = 2) -> Cost:
         """What attention computes and keeps in a network of ``depth`` blocks."""
@@ -187,16 +190,17 @@ class LiteVAR(Hook):
                              "maps; leave it out")
         depth = getattr(getattr(model.generator, "config", None), "depth", 0)
         depth = sum(depth) if isinstance(depth, tuple) else depth
-        if self.reaches and (len(self.reaches) != depth or any(len(layer) != len(plan) for layer in self.reaches)):
-            raise InputError(f"litevar: the calibration is for {len(self.reaches)} blocks and {len(self.reaches[0])} "
-                             f"steps, the run has {depth} and {len(plan)}; calibrate for this model")
+        reaches = self.parts[0]
+        if reaches and (len(reaches) != depth or any(len(layer) != len(plan) for layer in reaches)):
+            raise InputError(f"litevar: the calibration is for {len(reaches)} blocks and {len(reaches[0])} steps, the "
+                             f"run has {depth} and {len(plan)}; calibrate for this model")
         if any(block >= depth for block in self.shared):
             raise InputError(f"litevar: share names block {max(self.shared)}, but the network has {depth}")
         for hook in hooks:
             self._check_beside(hook)
 
     def _check_beside(self, hook: Hook) -> None:
-        name, narrows = type(hook).__name__, bool(self.reaches) or self.window < 1
+        name, narrows = type(hook).__name__, bool(self.parts[0]) or self.window < 1
         if self.shared and overrides(hook, "residual"):
             raise InputError(f"litevar: {name} picks rows in every branch by itself, so attention can't be copied from "
                              "one to another; leave out share")
@@ -253,13 +257,13 @@ def block_of(network: Any, address: str) -> int | None:
     return int(number) if name == network.name and number.isdecimal() else None
 
 
-def _read(calibration: str | Mapping[str, Any]) -> tuple[tuple[tuple[float, ...], ...], int, tuple[int, ...]]:
+def _read(calibration: str | Mapping[str, Any]) -> tuple[tuple[tuple[float, ...], ...], int, frozenset[int]]:
     """Reaches, dense and shared blocks of a calibration. Raises InputError and DataError where they aren't there."""
     where = calibration if isinstance(calibration, str) else "calibration"
     found = read_json(calibration) if isinstance(calibration, str) else calibration
     try:
         reaches = tuple(tuple(float(reach) for reach in layer) for layer in found["windows"])
-        return reaches, int(found["dense"]), tuple(int(block) for block in found["share"])
+        return reaches, int(found["dense"]), frozenset(int(block) for block in found["share"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"litevar: {where} must have windows (a reach for every block and step), dense and share "
                          f"({type(error).__name__}: {error}); nextscale calibrate litevar writes one") from None
