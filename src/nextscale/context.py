@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
-from nextscale.layers.attention import attention, by_head, visibility_mask
+from nextscale.layers.attention import attention, by_head, pairs, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Rows, Run, Sample
@@ -72,6 +72,11 @@ class Hook:
         """Around a residual branch (``kind``: ``"attention"``, ``"scan"``, ``"mlp"``); returns x plus what it adds."""
         return inner(x, rows)
 
+    def leading(self, ctx: Context, address: str, count: int, rows: Rows) -> int:
+        """Of how many of the batch's ``count`` rows an attention is computed, those that lead it (the first branches);
+        the others get a copy of what it gives them."""
+        return count
+
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Attend) -> Tensor:
         """Around an attention: before ``inner`` the rows of this call are not in memory yet, after it they are."""
@@ -114,6 +119,7 @@ class Context:
         self.scratch: dict[Any, Any] = {}
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
+        self._leads = [h for h in hooks if overrides(h, "leading")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
         self._offers: dict[str, tuple[Callable[[], Tensor], Rows]] = {}
 
@@ -151,11 +157,19 @@ class Context:
             inner = _wrap_residual(hook, self, address, kind, inner)
         return inner(x, rows)
 
+    def leading(self, address: str, x: Tensor, rows: Rows) -> Tensor:
+        """Of rows x (R, L, C), those of the batch that an attention is computed of: all, or the leading ones."""
+        count = len(x)
+        for hook in self._leads:
+            count = min(count, hook.leading(self, address, len(x), rows))
+        return x if count == len(x) else x[:count]
+
     def attend(self, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                krows: Rows | None = None, scale: float | None = None, dropout: float = 0.0) -> Tensor:
         """Attention of q (R, H, L, E) over what the address holds and the k, v (R, H, N, E) of this call.
 
         k None reads what the address holds and adds nothing. ``krows`` are the rows of k where they aren't those of q.
+        q may be that of the leading rows of the batch alone (of the first branches), and so may k and v.
         dropout: of the attention's probabilities, in passes without memory alone.
         """
         inner: Attend = lambda q, k, v, rows: self._attend(  # noqa: E731
@@ -233,11 +247,13 @@ class Context:
         fleeting = self.memory is None or (krows.keep == 0 and address not in self.memory.groups and not self._attends)
         if k is not None and v is not None and fleeting:
             dropout = dropout if self.memory is None else 0.0
-            if rows.visible.previous == 0 and rows.masked and rows.spans is not None and krows is rows:
+            if rows.visible.previous == 0 and rows.masked and rows.spans is not None and krows is rows \
+                    and not rows.narrowed:
                 # Rows see their own step alone: step by step there is nothing to hide, and far less to compute.
                 return torch.cat([attention(q[:, :, s.lo:s.hi], k[:, :, s.lo:s.hi], v[:, :, s.lo:s.hi], None, scale,
                                             dropout) for s in rows.spans], 2)
-            return attention(q, k, v, self._mask(rows, krows.tags, address), scale, dropout)
+            return attention(q, k[:len(q)], v[:len(q)], _leading(self._mask(rows, krows.tags, address), len(q)), scale,
+                             dropout)
         assert self.memory is not None
         if k is None or v is None:
             if address not in self.memory.groups:
@@ -255,28 +271,30 @@ class Context:
     def _attend_group(self, group: Group, q: Tensor, rows: Rows, address: str, scale: float | None) -> Tensor:
         assert self.memory is not None
         mask = None
-        if rows.masked or self.check or self.memory.ragged:
+        if rows.masked or rows.narrowed or self.check or self.memory.ragged:
             tags = self.memory.tags_of(group)
             assert tags is not None
-            mask = self._mask(rows, tags, address)
+            mask = _leading(self._mask(rows, tags, address), len(q))
         n = group.rows
-        return attention(q, group.k[:, :, :n], group.v[:, :, :n], mask, scale)
+        return attention(q, group.k[:len(q), :, :n], group.v[:len(q), :, :n], mask, scale)
 
     def _mask(self, rows: Rows, keys: Tags, address: str) -> Any:
         if self.check:
             self._check(rows, keys, address)
-        if not rows.masked and keys.valid is None:
+        if not rows.masked and not rows.narrowed and keys.valid is None:
             return None
         # Addresses that hold the same rows share one mask. The tensors are kept with it, so that their ids stay theirs.
-        key = (id(rows.step), id(keys.step), id(keys.valid))
+        key = (id(rows.step), id(keys.step), id(keys.valid), rows.narrowed)
         if key not in self.scratch:
-            sees = rows.visible.sees if rows.masked else _everything
-            self.scratch[key] = (visibility_mask(sees, rows.step, keys.step, keys.valid), rows.step, keys)
+            self.scratch[key] = (visibility_mask(_sees(rows), rows.tags, keys), rows.step, keys)
         return self.scratch[key][0]
 
     def _check(self, rows: Rows, keys: Tags, address: str) -> None:
-        seen = rows.visible.sees(rows.step[:, None, :, None], by_head(keys.step)[:, :, None])
+        query, key = pairs(rows.tags, keys)
+        seen = rows.visible.sees(query.step, key.step)
         hidden = ~seen
+        for rule in rows.narrowed:
+            seen = seen & rule.sees(query, key)
         if keys.valid is not None:
             counts = by_head(keys.valid)[:, :, None]
             seen, hidden = seen & counts, hidden & counts
@@ -288,8 +306,24 @@ class Context:
                              "dropped their keys must go through the call step by step (Rows.by_step)")
 
 
+def _sees(rows: Rows) -> Callable[[Tags, Tags], Tensor]:
+    """What some rows see: the steps that the visibility shows them, less what they were narrowed to."""
+    def sees(query: Tags, key: Tags) -> Tensor:
+        seen = rows.visible.sees(query.step, key.step) if rows.masked else _everything(query.step, key.step)
+        for rule in rows.narrowed:
+            seen = seen & rule.sees(query, key)
+        return seen
+
+    return sees
+
+
 def _everything(query_step: Tensor, key_step: Tensor) -> Tensor:
     return (query_step == query_step) & (key_step == key_step)
+
+
+def _leading(mask: Any, count: int) -> Any:
+    """A mask for the leading rows of the batch; block masks are shared by all."""
+    return mask[:count] if isinstance(mask, Tensor) and len(mask) > count else mask
 
 
 def _wrap(method: Any, ctx: Context, address: str, inner: Function) -> Function:

@@ -85,6 +85,7 @@ _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
 _HOOKS: dict[str, str] = {
     "hack": "nextscale.acceleration.hack:HACK",
+    "litevar": "nextscale.acceleration.litevar:LiteVAR",
     "pyramidkv": "nextscale.acceleration.cache_baselines:PyramidKV",
     "scalekv": "nextscale.acceleration.scalekv:ScaleKV",
     "sliding-window": "nextscale.acceleration.cache_baselines:SlidingWindow",
@@ -95,6 +96,7 @@ _HOOKS: dict[str, str] = {
 # that returns what the method's hook reads: what `nextscale calibrate` takes.
 CALIBRATIONS: dict[str, str] = {
     "hack": "nextscale.acceleration.hack:Calibration",
+    "litevar": "nextscale.acceleration.litevar:Calibration",
     "scalekv": "nextscale.acceleration.scalekv:Calibration",
 }
 

@@ -18,6 +18,14 @@ from nextscale.noise import Noise
 from nextscale.plan import Plan, Span, Visibility
 
 
+class Narrowing(Protocol):
+    """A rule that hides keys beside the visibility, such as a window. It is hashable: equal rules share a mask."""
+
+    def sees(self, query: Tags, key: Tags) -> Tensor:
+        """Boolean tensor, the broadcast of the two rows' tags: may the one see the other?"""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
     """What travels with the rows of a call into every sub-layer.
@@ -25,7 +33,8 @@ class Rows:
     cell (1|R, L, 3) as (map, row, column); step (1|R, L); spans: the rows step by step, None where pictures stand at
     different steps or rows were selected; keep: leading rows that stay in memory, None for provisional ones; visible:
     the plan's visibility; masked: False promises that every row may see all of memory and all of the call; cond:
-    what the rows are conditioned on, (R, D) or whatever the generator takes.
+    what the rows are conditioned on, (R, D) or whatever the generator takes; narrowed: what hooks hide from the rows
+    beside the visibility.
     """
 
     cell: Tensor
@@ -35,9 +44,14 @@ class Rows:
     visible: Visibility
     masked: bool
     cond: Any = None
+    narrowed: tuple[Narrowing, ...] = ()
 
     def __len__(self) -> int:
         return self.step.shape[1]
+
+    def narrow(self, rule: Narrowing) -> Rows:
+        """The same rows, which see only what this rule shows, too."""
+        return replace(self, narrowed=(*self.narrowed, rule))
 
     @property
     def tags(self) -> Tags:

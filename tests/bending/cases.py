@@ -13,6 +13,7 @@ from doubles import CommitAfterClean, ControlTower, MaskedRounds, PrunedResidual
 from torch import Tensor
 
 from nextscale.acceleration.hack import HACK
+from nextscale.acceleration.litevar import LiteVAR
 from nextscale.acceleration.scalekv import ScaleKV
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.context import Hook
@@ -98,8 +99,19 @@ def forced(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
     return ForcedTokens(given, [torch.zeros_like(k) if neutral else k for k in kept])
 
 
+def window(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    """Rows see less than the visibility shows."""
+    return LiteVAR(window=1.0 if neutral else 0.2, dense=1)
+
+
+def shared(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    """One branch's attention serves all, and the others' keys are not in memory."""
+    return LiteVAR(share=() if neutral else (1,))
+
+
 HOOKS: dict[str, Callable[[bool, Plan, Sequence[int]], Hook]] = {
-    "pruned": pruned, "layers": layers, "heads": heads, "tower": tower, "forced": forced}
+    "pruned": pruned, "layers": layers, "heads": heads, "tower": tower, "forced": forced, "window": window,
+    "shared": shared}
 HEADS: dict[str, Callable[[Any, bool], Any]] = {
     "plain": lambda m, neutral: m.head,
     "clean": lambda m, neutral: CommitAfterClean(m.head, 1, 0.0) if neutral else CommitAfterClean(m.head),
@@ -155,9 +167,12 @@ class Case:
 
 
 SINGLE = [Case((name,)) for name in HOOKS]
-REFUSED = {("layers", "heads")}  # two policies of one memory
+# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there, or drops them
+# before a window shows what is left.
+REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("layers", "shared"), ("heads", "shared"),
+           ("heads", "window")}
 PAIRS = [Case(pair) for pair in itertools.combinations(HOOKS, 2) if pair not in REFUSED]
-REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned"))]
+REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]
 WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in HOOKS))]
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
           *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),

@@ -12,7 +12,7 @@ from nextscale.errors import InputError, did_you_mean
 
 
 def calibrate(
-    method: Annotated[str, typer.Argument(help="What to calibrate: scalekv, hack, ...")],
+    method: Annotated[str, typer.Argument(help="What to calibrate: scalekv, hack, litevar, ...")],
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
     model: options.Model = "emoji-64",
     label: options.Labels = None,
@@ -29,13 +29,15 @@ def calibrate(
 ) -> None:
     """Draw a few pictures, look at what attention does, and write what --hook reads.
 
-    scalekv: budgets of rows for every layer and step; hack: which heads are contextual. A file can be read, and edited.
+    scalekv: budgets of rows for every layer and step; hack: which heads are contextual; litevar: windows for every
+    layer and step, and layers that share. A file can be read, and edited.
 
     \b
     Examples:
       nextscale calibrate scalekv --model emoji-64 --set share=0.2 --set window=4 --out out/budgets.json
       nextscale generate --model emoji-64 --hook "scalekv budgets=out/budgets.json" --out out/sample.png
       nextscale calibrate hack --model emoji-64 --out out/heads.json
+      nextscale calibrate litevar --model emoji-64 --set budget=0.3 --out out/windows.json
     """
     from dataclasses import asdict
 

@@ -27,6 +27,7 @@ class Precision(str, Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
 
 
 Model = Annotated[str, typer.Option("--model", help="A name that `nextscale models` lists, or a model's folder.")]
@@ -80,7 +81,10 @@ Hooks = Annotated[
                  "acts innermost. `nextscale hooks` lists them."),
 ]
 PurposeOption = Annotated[Purpose, typer.Option("--purpose", help="Which published settings to start from.")]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="bf16 is faster where the machine has it.")]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option("--precision", help="bf16 is faster where the machine has it; int8 is bf16 with smaller weights."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Weights = Annotated[
     str | None,

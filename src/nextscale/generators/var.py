@@ -61,9 +61,10 @@ class SelfAttention(nn.Module):
         self.plain_scale = 0.25 / math.sqrt(config.width // config.heads)
 
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
+        batch, x = len(x), ctx.leading(f"{address}.kv", x, rows)
         r, length, c = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x, bias.to(self.qkv.weight.dtype))
+        qkv = self.qkv(x, bias)
         scale = self.plain_scale if self.scale_1H11 is None else 1.0
         if self.scale_1H11 is None:
             q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -72,7 +73,8 @@ class SelfAttention(nn.Module):
         ctx.offer("bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
             -1, (self.heads, -1)).transpose(1, 2), rows)
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
-        return self.projection(out.transpose(1, 2).reshape(r, length, c))
+        y = self.projection(out.transpose(1, 2).reshape(r, length, c))
+        return y if r == batch else y.repeat(batch // r, 1, 1)
 
 
 class Block(nn.Module):

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 from nextscale.layers.bf16_training import UnitHeads, trains_in_bf16_on_cpu
+from nextscale.layers.memory import Tags
+
+Sees = Callable[[Tags, Tags], Tensor]
 
 SHORT = 256
 """Keys up to which training on a CPU multiplies out the scores: the fused kernel's backward pass is slower there
@@ -83,21 +86,31 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def visibility_mask(sees: Callable[[Tensor, Tensor], Tensor], query_step: Tensor, key_step: Tensor,
-                    valid: Tensor | None = None) -> Any:
-    """The mask of rows that carry step tags, in the form that the device computes fastest.
+def visibility_mask(sees: Sees, query: Tags, key: Tags) -> Any:
+    """The mask of rows that carry tags, in the form that the device computes fastest.
 
-    query_step (1|R, L) and key_step (1|R, N) or, where heads have other keys, (R, H, N); ``sees(query_step, key_step)``
-    broadcasts; valid: keys that count, (R, N) or (R, H, N), None for all. On CUDA, where all rows share their tags, a
+    ``sees(query, key)`` broadcasts over tags; query's are (1|R, L), key's (1|R, N) or, where heads have other keys,
+    (R, H, N); keys that don't count (``key.valid``) are hidden. On CUDA, where all rows share their tags, a
     FlexAttention block mask, which skips the blocks that nothing sees; else booleans (1|R, 1|H, L, N).
     """
-    if query_step.device.type == "cuda" and len(query_step) == 1 and len(key_step) == 1 and valid is None \
-            and key_step.ndim == 2:
-        query, key = query_step[0], key_step[0]
-        return create_block_mask(lambda b, h, i, j: sees(query[i], key[j]), None, None, len(query), len(key),
-                                 device=query.device.type)
-    mask = sees(query_step[:, None, :, None], by_head(key_step)[:, :, None])
-    return mask if valid is None else mask & by_head(valid)[:, :, None]
+    if query.step.device.type == "cuda" and key.valid is None and key.step.ndim == 2 \
+            and max(len(tags) for tags in (query.step, query.cell, key.step, key.cell)) == 1:
+        return block_mask(sees, query, key)
+    mask = sees(*pairs(query, key))
+    return mask if key.valid is None else mask & by_head(key.valid)[:, :, None]
+
+
+def block_mask(sees: Sees, query: Tags, key: Tags) -> BlockMask:
+    """The same as a FlexAttention block mask, of tags (1, L) and (1, N) that the whole batch shares."""
+    q_step, q_cell, k_step, k_cell = query.step[0], query.cell[0], key.step[0], key.cell[0]
+    return create_block_mask(lambda b, h, i, j: sees(Tags(q_step[i], q_cell[i]), Tags(k_step[j], k_cell[j])),
+                             None, None, len(query), len(key), device=q_step.device.type)
+
+
+def pairs(query: Tags, key: Tags) -> tuple[Tags, Tags]:
+    """Tags that broadcast to pairs: (1|R, 1, L, 1) and (1|R, 1|H, 1, N)."""
+    return (Tags(query.step[:, None, :, None], query.cell[:, None, :, None]),
+            Tags(by_head(key.step)[:, :, None], (key.cell if key.cell.ndim == 4 else key.cell[:, None])[:, :, None]))
 
 
 def by_head(tags: Tensor) -> Tensor:

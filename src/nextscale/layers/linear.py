@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x (..., in) to (..., out). bias: instead of the layer's own; gelu: then GELU by its tanh approximation."""
-        bias = self.bias if bias is None else bias
+        bias = self.bias if bias is None else bias.to(self.weight.dtype)
         if self._packs(x):
             name, variant = ("gelu", "tanh") if gelu else ("none", "")
             return torch.ops.mkldnn._linear_pointwise(x, self._blocked(), bias, name, [], variant)

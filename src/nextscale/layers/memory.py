@@ -62,9 +62,9 @@ class Tags:
         return self.step is other.step and self.cell is other.cell
 
     def of(self, rows_R: Tensor) -> Tags:
-        """Tags of a gathered batch."""
+        """Tags of a gathered batch; tags of its leading rows alone stay those of its leading rows."""
         def pick(tags: Tensor) -> Tensor:
-            return tags if len(tags) == 1 else tags[rows_R]
+            return tags if len(tags) == 1 else tags[rows_R[rows_R < len(tags)]]
 
         return Tags(pick(self.step), pick(self.cell), None if self.valid is None else pick(self.valid))
 
@@ -85,6 +85,7 @@ def _rows(tags: Tensor, rows: int) -> Tensor:
 class Group:
     """Keys and values of some heads at one address: buffers (R, H, capacity, E), of which ``length`` rows are kept.
 
+    Where only the first branches ask for them, R is the number of the batch's leading rows that are theirs.
     ``heads`` are the heads it serves (None: all; a slice where they are neighbours); ``tags`` are its own once it
     departed from the log; ``pending`` are the tags of rows that the call under way has written behind ``length``, of
     which the first ``staying`` will stay.
@@ -173,6 +174,9 @@ class Memory:
             shape = (k.shape[0], k.shape[1], max(self.capacity, k.shape[2]), k.shape[3])
             self.groups[address] = [Group(k.new_empty(shape), v.new_empty((*shape[:3], v.shape[3])))]
         for group in self.groups[address]:
+            if len(group.k) != len(k):
+                raise InputError(f"memory at {address}: it holds keys of {len(group.k)} rows of the batch, the call "
+                                 f"brings those of {len(k)}; keep what shares attention the same over a run")
             if group.heads is None:
                 group.append(k, v, tags, keep or 0)
             else:
@@ -295,8 +299,9 @@ class Memory:
         def pick(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(pick(v) for v in value)
-            return value[rows_R] if len(value) > int(rows_R.max()) else value  # a leading 1 is shared by all rows
+            return value[rows_R] if len(value) > highest else value  # a leading 1 is shared by all rows
 
+        highest = int(rows_R.max()) if len(rows_R) else 0
         provisional = None if self.provisional is None else self.provisional.of(rows_R)
 
         def pick_group(group: Group) -> Group:
@@ -305,7 +310,9 @@ class Memory:
             pending = group.pending
             if pending is not None and self.provisional is not None:
                 pending = provisional if pending.same_rows(self.provisional) else pending.of(rows_R)
-            return replace(group, k=group.k[rows_R], v=group.v[rows_R],
+            # Keys of the first branches alone: those are the rows that lead the batch, which is branch-major.
+            held = rows_R if len(group.k) > highest else rows_R[rows_R < len(group.k)]
+            return replace(group, k=group.k[held], v=group.v[held],
                            tags=None if group.tags is None else group.tags.of(rows_R), pending=pending)
 
         return Memory(self.capacity, None if self.log is None else self.log.of(rows_R),

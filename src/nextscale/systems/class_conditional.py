@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nextscale.acceleration.litevar import quantise
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.context import Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.heads.categorical import Filter
 from nextscale.hub import NameMap
+from nextscale.layers.quantised import QuantisedLinear
 from nextscale.layers.resize import resize
 from nextscale.noise import Keyed, Noise
 from nextscale.objectives.teacher_forcing import teacher_forcing_loss
@@ -192,11 +194,24 @@ class ClassConditionalSystem(nn.Module):
         device: torch.device = next(self.head.parameters()).device
         return device
 
+    @property
+    def rounded(self) -> bool:
+        """Whether weights of the network were rounded to integers."""
+        return any(isinstance(layer, QuantisedLinear) for layer in self.generator.modules())
+
     def to_precision(self, precision: str) -> ClassConditionalSystem:
-        """Hold the weights in ``fp32`` or ``bf16``; quantiser and canvas stay in float32 either way."""
-        if precision not in ("fp32", "bf16"):
-            raise InputError(f"precision {precision!r} is unknown; use fp32 or bf16")
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        """Hold the weights in ``fp32`` or ``bf16``; quantiser and canvas stay in float32 either way.
+
+        ``int8``: bf16, with the weights of the network's large products rounded to 8 bits (LiteVAR's rule,
+        arXiv 2411.17178), which can't be taken back. Raises InputError on others, and after ``int8``.
+        """
+        if precision not in ("fp32", "bf16", "int8"):
+            raise InputError(f"precision {precision!r} is unknown; use fp32, bf16 or int8")
+        if self.rounded:
+            raise InputError("precision: the weights were rounded already; load the model again")
+        if precision == "int8":
+            quantise(self.generator)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for part in (self.generator, self.head, self.labels, self.tokenizer.encoder, self.tokenizer.decoder,
                      self.tokenizer.to_latent, self.tokenizer.from_latent):
             part.to(dtype)

@@ -32,8 +32,11 @@ def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torc
     """Write ``config.json``, ``tokenizer.safetensors``, ``generator.safetensors`` and a file for every further part
     into a folder, in ``dtype`` where nothing must stay in float32.
 
-    tokenizer_dtype: the tokenizer's, where it is another: cached tokens are bound to its weights to the bit.
+    tokenizer_dtype: the tokenizer's, where it is another: cached tokens are bound to its weights to the bit. Raises
+    InputError where the network's weights were rounded to integers.
     """
+    if system.rounded:
+        raise InputError("save: the weights were rounded to int8; save the model before that, or load it again")
     slug = system.config.slug
     for name, module in files_of(system).items():
         exact = {f"{path}.{n}" for path, part in module.named_modules() if getattr(part, "stays_float32", False)
