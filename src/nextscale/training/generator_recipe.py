@@ -18,13 +18,13 @@ from nextscale.registry import weights_of
 from nextscale.systems import folders
 from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import same_codes
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.prefix import Prefix
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.tokenizer_recipe import load_tokenizer
-from nextscale.training.tokens import same_codes
 from nextscale.training.trainer import Trainer, TrainResult
 
 
