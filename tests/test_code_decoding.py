@@ -331,6 +331,21 @@ def test_any_two_models_take_part_in_the_function_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.tokens, other.tokens, strict=True))
 
 
+def test_a_run_whose_first_scales_were_given_goes_to_the_network_whose_turn_it_is() -> None:
+    system, tokens = tiny_pair(2), random_tokens(tiny_var().plan, 2)
+    used = system.settings_for("pictures", {})
+    guidance = system.guidance(used)
+    ends = []
+    for one in (system, narrow()):
+        run = one.start(labels(2), guidance, Keyed.from_seeds([0, 1]))
+        for step in tokens[:3]:
+            run.force(step)
+        with torch.no_grad():
+            *_, last = one.sampled(run, guidance, used)
+        ends.append(last.tokens[3])
+    assert torch.equal(*ends)
+
+
 # Training
 
 def test_the_divergence_is_that_of_enumerated_distributions_in_both_directions() -> None:

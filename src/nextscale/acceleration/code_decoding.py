@@ -47,7 +47,8 @@ def sample_collaboratively(drafter: Model, refiner: Model, run: Run, draft_steps
     prepare(refiner, run.plan, later_hooks)  # what it refuses is refused before anything is drawn
     if run.cursor < draft_steps:
         yield from sample_steps(drafter, run, guidance, filters, first_hooks, soft, min(draft_steps, last), check)
-    if run.cursor == draft_steps < last:
+    # A run whose first steps were given, not drawn, comes here with nothing in memory.
+    if draft_steps <= run.cursor < last and (run.cursor == draft_steps or not run.filled):
         run.change_network(condition(run.condition))
     if run.cursor >= draft_steps:
         yield from sample_steps(refiner, run, guidance, filters, later_hooks, soft, last, check)
