@@ -73,6 +73,8 @@ _PUBLISHED |= dict.fromkeys(("mar-base", "mar-large", "mar-huge"), "nextscale.sy
 _PUBLISHED |= dict.fromkeys(("himar-base", "himar-large", "himar-huge"), "nextscale.systems.himar:preset_config")
 _PUBLISHED |= dict.fromkeys(("car-d12", "car-d16", "car-d20", "car-d24", "car-d30"),
                             "nextscale.systems.car:preset_config")
+_PUBLISHED |= dict.fromkeys(("code-n6", "code-n7", "code-n8", "code-n9"),
+                            "nextscale.systems.code_decoding:preset_config")
 _PUBLISHED |= dict.fromkeys(("scalar-d12", "scalar-d16", "scalar-d20", "scalar-d24"),
                             "nextscale.systems.scalar:preset_config")
 # Sizes of papers that came without weights.

@@ -307,5 +307,11 @@ class Run:
         The next call prefills every step so far under the training mask (CoDe, arXiv 2411.17787).
         """
         everyone = torch.arange(self.pictures, device=self.device)
-        return replace(self.gather(everyone), memory=Memory(self.plan.length), condition=condition, filled=0,
-                       branches=self.branches if branches is None else tuple(branches))
+        child = replace(self, memory=Memory(self.plan.length)).gather(everyone)  # a memory that goes isn't copied
+        child.change_network(condition, branches)
+        return child
+
+    def change_network(self, condition: Condition, branches: Sequence[str] | None = None) -> None:
+        """Hand the run itself over: its memory is given up at once, whoever else holds the run."""
+        self.memory, self.filled, self.condition = Memory(self.plan.length), 0, condition
+        self.branches = self.branches if branches is None else tuple(branches)

@@ -12,7 +12,8 @@ import fnmatch
 import json
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextscale.acceleration.code_decoding import sample_collaboratively
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition
 from nextscale.context import Context, Hook
@@ -34,13 +36,15 @@ from nextscale.noise import Keyed, Recorded
 from nextscale.objectives.teacher_forcing import teacher_forcing_call, teacher_forcing_loss
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Sample
+from nextscale.sampling.editing import KnownLatent, covered_cells, partial_canvases
 from nextscale.sampling.filters import make_filters
 from nextscale.sampling.guidance import make_guidance
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import evaluator, sample_steps
-from nextscale.systems import car, flexvar, hmar, m_var
+from nextscale.systems import car, code_decoding, flexvar, hmar, m_var
 from nextscale.systems.car import CAR
 from nextscale.systems.class_conditional import ClassConditionalSystem
+from nextscale.systems.code_decoding import CollaborativeSystem
 from nextscale.systems.flexvar import FlexVAR
 from nextscale.systems.folders import load_published
 from nextscale.systems.hmar import HMAR
@@ -80,8 +84,8 @@ def fill(golden: dict) -> dict[str, dict[str, Tensor]]:
 class Checks:
     """Compares tensors, printing a line for each; tensors that were not recorded are not compared."""
 
-    def __init__(self, golden: dict, recorded: dict[str, Tensor]):
-        self.tolerance, self.recorded = golden.get("tolerance", {}), recorded
+    def __init__(self, golden: dict, recorded: dict[str, Tensor], silent: bool = False):
+        self.tolerance, self.recorded, self.silent = golden.get("tolerance", {}), recorded, silent
         self.failed = self.done = 0
 
     def limit(self, name: str) -> float:
@@ -139,7 +143,8 @@ class Checks:
     def _say(self, name: str, what: str, ok: bool) -> None:
         self.failed += not ok
         self.done += 1
-        print(f"{'ok  ' if ok else 'MISS'} {name:28s} {what}")
+        if not (self.silent and ok):
+            print(f"{'ok  ' if ok else 'MISS'} {name:28s} {what}")
 
 
 def _number(value: object) -> float | None:
@@ -502,6 +507,88 @@ def check_m_var(golden: dict, recorded: dict[str, Tensor]) -> int:
     return checks.failed
 
 
+def check_code_decoding(golden: dict, recorded: dict[str, Tensor]) -> int:
+    """Both networks' teacher forcing, the run that is handed over, every call's logits, greedy and replayed tokens of
+    two numbers of drafted scales, one model in both roles, and inpainting by known latents."""
+    checks, run, made = Checks(golden, recorded), golden["run"], golden["constructor"]
+    torch.manual_seed(0)
+    weights, labels, systems = fill(golden), recorded["labels"].long().view(-1, 1), {}
+    for role in ("drafter", "refiner"):
+        systems[role] = load_published(VAR(published_config(made["vae"], made[role])).eval(), weights["vae"],
+                                       weights[role])
+    draft, refine = systems["drafter"], systems["refiner"]
+    pair = code_decoding.pair(draft, refine, run["draft_steps"][0])
+    plan = pair.plan
+    with torch.no_grad():
+        check_tokenizer(checks, pair, recorded)
+        tokens = [recorded[f"tokens.{k}"].long().view(len(labels), -1) for k in range(len(plan))]
+        empty = Canvas.empty(plan, pair.tokenizer.quantiser, len(labels))
+        reads = pyramid.replay(tokens, empty).reads
+        checks.close("tf_input", lambda: torch.cat(reads[1:], 1))
+        for name, system, last in (*((f"n{n}.drafter_tf_logits", draft, n) for n in run["draft_steps"]),
+                                   ("refiner_tf_logits", refine, len(plan))):
+            first = replace(plan, steps=plan.steps[:last])
+            checks.close(name, lambda system=system, first=first: system.head(hidden_states(
+                system, first, reads[:len(first)], ClassCondition(system.labels, labels), ("conditional",))))
+        latents = partial_canvases(tokens, empty)
+        for k in range(len(plan)):
+            checks.close(f"inpaint.known_latent.{k}", lambda k=k: latents[:, k])
+        for n in run["draft_steps"]:
+            replay_pair(checks, pair, recorded, run, f"n{n}.greedy", n, labels)
+            replay_pair(checks, pair, recorded, run, f"n{n}.sample", n, labels)
+        alike = code_decoding.pair(refine, refine, 1)
+        for n in range(1, len(plan)):  # said once, where all agree
+            quiet = checks if n == len(plan) - 1 else Checks({}, recorded, silent=True)
+            for kind in ("plain.greedy", "plain.sample"):
+                replay_pair(quiet, alike, recorded, run, kind, n, labels)
+            checks.failed += quiet.failed if quiet is not checks else 0
+        keep = covered_cells(recorded["inpaint.known"][:, 0] == 0, plan.grid).expand(len(labels), -1, -1, -1)
+        replay_pair(checks, pair, recorded, run, "inpaint.greedy", run["inpaint"]["draft_steps"], labels,
+                    [KnownLatent(latents, keep)])
+    return checks.failed
+
+
+def replay_pair(checks: Checks, pair: CollaborativeSystem, recorded: dict[str, Tensor], used: dict, name: str,
+                draft_steps: int, labels: Tensor, hooks: Sequence[Hook] = ()) -> None:
+    """Draw greedily or by the recorded uniforms, by both networks; compare what crosses the border, every call's
+    logits, tokens and the picture."""
+    where, kind = name.split(".")
+    steps, settings = range(len(pair.plan)), used["identity"] if where == "plain" else used
+    wanted = [recorded[f"{name}_tokens.{k}"].long().view(len(labels), -1) for k in steps]
+    filters, draws, noise = make_filters(1.0, 1), None, Keyed.from_seeds(range(len(labels)))
+    if kind == "sample":
+        draws = [recorded[f"sample_uniform.{k}"].view(len(labels), -1) for k in steps]
+        noise, top_k = Recorded({("token", k, 0): draws[k] for k in steps}), settings["top_k"]
+        filters = make_filters(1.0, tuple(top_k) if isinstance(top_k, list) else top_k, settings["top_p"],
+                               tuple(settings.get("temperature", ())), temperature_last=True)
+    ties, calls = NearTies(wanted, filters, draws), []
+    handles = [head.register_forward_hook(lambda _, given, found: calls.append((given[0], found)))
+               for head in (pair.drafter.head, pair.head)]
+    entry = []
+    handles.append(pair.generator.register_forward_hook(lambda _, given, found: entry.append(found)))
+    guidance = make_guidance(1 + used["cfg"], "ramp")
+    drawn = pair.start(labels, guidance, noise)
+    loop = sample_collaboratively(pair.drafter, pair, drawn, draft_steps, lambda c: replace(c, table=pair.labels),
+                                  guidance, filters, [*hooks, ties])
+    try:
+        for _ in loop:
+            k = drawn.cursor - 1
+            if not checks.tokens(f"{name}_tokens.{k}", drawn.tokens[k], ties.found[k]):
+                return
+            if k == draft_steps - 1 and kind == "greedy":
+                checks.close(f"{where}.hub", lambda: torch.cat(drawn.reads[1:], 1))
+                checks.close(f"{where}.handed_latent", lambda: drawn.canvas.value)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if kind == "greedy":
+        for k in steps:
+            role = "drafter" if k < draft_steps else "refiner"
+            checks.close(f"{where}.{role}_logits.{k}", lambda k=k: calls[k][1])
+        checks.close(f"{where}.entry_logits", lambda: pair.head(entry[0]))
+        checks.close(f"{where}.greedy_image", lambda: (pair.tokenizer.decode(drawn.canvas) + 1) / 2)
+
+
 def counted(check: Callable[[Checks, dict[str, dict[str, Tensor]], dict], None]
             ) -> Callable[[dict, dict[str, Tensor]], int]:
     """A check of another file, called with the checks, the weights and the golden set, as the others are called."""
@@ -515,7 +602,8 @@ def counted(check: Callable[[Checks, dict[str, dict[str, Tensor]], dict], None]
 
 
 CHECKS = {"var": check_var, "flexvar": check_flexvar, "hmar": check_hmar, "m_var": check_m_var,
-          "car": check_car, "flowar": counted(flow_checks.check_flowar), "xar": counted(flow_checks.check_xar),
+          "car": check_car, "code_decoding": check_code_decoding,
+          "flowar": counted(flow_checks.check_flowar), "xar": counted(flow_checks.check_xar),
           "mar": counted(masked_checks.check_mar), "himar": counted(masked_checks.check_himar)}
 
 

@@ -26,7 +26,8 @@ def main() -> None:
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in given.drop)}
     golden["dropped"] = sorted({*golden.get("dropped", ()), *tensors} - set(kept))
     save_file(kept, given.out / given.golden.with_suffix(".safetensors").name)
-    (given.out / given.golden.name).write_text(json.dumps(golden, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":"))
+    (given.out / given.golden.name).write_text(text + "\n", encoding="utf-8")
     print(f"{given.golden.name}: {len(kept)} of {len(tensors)} tensors kept")
 
 

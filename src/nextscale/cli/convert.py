@@ -19,6 +19,9 @@ def convert(
     control: Annotated[
         str | None, typer.Option("--control", help="Published control of a car size: a file, or owner/name/file.")
     ] = None,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", help="Published drafter of a code pair: a file, or owner/name/file.")
+    ] = None,
     dtype: Annotated[
         options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
     ] = options.Precision.fp32,
@@ -45,7 +48,8 @@ def convert(
         raise DataError(f"{out} is there already and not an empty folder; choose another")
     check_writable(out, folder=True)
     # Damaged files are told before a large model is built.
-    files = {"tokenizer": tokenizer, "generator": weights, **({"control": control} if control is not None else {})}
+    given = {"tokenizer": tokenizer, "generator": weights, "control": control, "drafter": drafter}
+    files = {part: where for part, where in given.items() if where is not None}
     tensors = {part: hub.read_tensors(where) for part, where in files.items()}
     system = folders.open_model(model)
     for part, names in zip(folders.files_of(system), system.published_names(), strict=True):

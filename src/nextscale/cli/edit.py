@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,11 @@ from nextscale.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class Rule(str, Enum):
+    tokens = "tokens"
+    latent = "latent"
 
 
 def edit(
@@ -35,6 +41,9 @@ def edit(
         bool, typer.Option("--paste/--no-paste", help="Put the picture's own pixels back outside the region.")
     ] = True,
     resize: options.Resize = False,
+    rule: Annotated[
+        Rule, typer.Option("--rule", help="Keep the known region's tokens at every scale, or its latent (CoDe's).")
+    ] = Rule.tokens,
     seed: options.Seed = 0,
     guidance_scale: options.GuidanceScale = None,
     guidance_schedule: options.Schedule = None,
@@ -51,6 +60,7 @@ def edit(
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,
+    drafter_weights: options.DrafterWeights = None,
 ) -> None:
     """Draw a region of a picture anew, or the world around it, without any training.
 
@@ -82,7 +92,7 @@ def edit(
     image = open_image(picture)
     region = _region(image, mask, box)
     options.check_control(control, control_kind, model, control_weights)
-    system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights)
+    system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     steered = options.read_control(control, control_kind, system)
     size = system.tokenizer.picture_size
     image = options.fit_picture(image, str(picture), size, resize)
@@ -102,6 +112,7 @@ def edit(
         output="numpy",
         hooks=hooks,
         **steered,
+        **({} if rule is Rule.tokens else {"rule": rule.value}),
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system),
     )
@@ -112,7 +123,7 @@ def edit(
     if paste:
         results = np.where(redraw.numpy()[None, :, :, None], results, np.asarray(image)[None])
     region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint}
-    settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste}
+    settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste, "rule": rule.value}
     settings |= {"precision": precision.value, **asdict(drawn.settings), **({"hooks": hook} if hook else {})}
     if control is not None:
         settings |= {"control": control.name, "control_kind": control_kind}

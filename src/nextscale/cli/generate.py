@@ -73,6 +73,7 @@ def generate(
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,
+    drafter_weights: options.DrafterWeights = None,
 ) -> None:
     """Draw pictures, coarse to fine.
 
@@ -94,7 +95,7 @@ def generate(
     pictures_out.check_writable(out, folder=kind == "folder")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
     options.check_control(control, control_kind, model, control_weights)
-    system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights)
+    system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     hooks = options.make_hooks(hook)
     steered = options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)

@@ -104,6 +104,9 @@ ControlKind = Annotated[
     typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, ...",
                  show_default="it is a map"),
 ]
+DrafterWeights = Annotated[
+    str | None, typer.Option("--drafter-weights", help="The published drafter of a published code pair.")
+]
 Resize = Annotated[bool, typer.Option("--resize", help="Fit pictures to the model's size (cut to its shape).")]
 
 
@@ -114,8 +117,9 @@ def open_model(
     weights: str | None = None,
     tokenizer_weights: str | None = None,
     control_weights: str | None = None,
+    drafter_weights: str | None = None,
 ) -> Any:
-    """The model to work with; published sizes, which come without weights, must be given both files.
+    """The model to work with; published sizes, which come without weights, must be given their files.
 
     Raises:
         NextscaleError: unknown name, weights missing or not fitting, device absent.
@@ -130,11 +134,17 @@ def open_model(
             f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
             "`nextscale convert` wrote as --model"
         )
+    if needs_weights(name) and not drafter_weights and is_pair(name):
+        raise WeightsError(f"{name} is two networks; give --drafter-weights, too, or a folder as --model")
     # A wrong path is told before a large model is built.
-    files = [where and str(hub.find_weights(where)) for where in (tokenizer_weights, weights, control_weights)]
-    return nextscale.load(
-        name, precision=precision.value, device=device, tokenizer=files[0], generator=files[1], control=files[2]
-    )
+    given = {
+        "tokenizer": tokenizer_weights,
+        "generator": weights,
+        "control": control_weights,
+        "drafter": drafter_weights,
+    }
+    files = {part: where and str(hub.find_weights(where)) for part, where in given.items()}
+    return nextscale.load(name, precision=precision.value, device=device, **files)
 
 
 def needs_weights(name: str) -> bool:
@@ -142,6 +152,13 @@ def needs_weights(name: str) -> bool:
     from nextscale.registry import weights_of
 
     return not Path(name).is_dir() and weights_of(name) == "published"
+
+
+def is_pair(name: str) -> bool:
+    """Whether a published size has a drafter beside its network."""
+    from nextscale.systems.folders import model_config
+
+    return hasattr(model_config(name), "drafter")
 
 
 def sampling_changes(
@@ -275,7 +292,8 @@ def fit_picture(image: Image.Image, name: str, size: tuple[int, int], resize: bo
 
 
 def make_hooks(given: list[str] | None) -> list[Any]:
-    """The hooks that were asked for, each as ``name setting=value ...``.
+    """The hooks that were asked for, each as ``name setting=value ...``; ``refiner/name`` is for one of a pair's two
+    networks.
 
     Raises:
         InputError: not of that form, unknown names or settings, or settings of another type.
@@ -293,7 +311,13 @@ def make_hooks(given: list[str] | None) -> list[Any]:
             raise InputError(f"--hook {text!r}: {error}") from None
         if not words:
             raise InputError("--hook is empty; name a hook, as in --hook fastvar")
-        made.append(nextscale.hook(words[0], **dict(read_override(word) for word in words[1:])))
+        role, _, name = words[0].rpartition("/")
+        hook = nextscale.hook(name, **dict(read_override(word) for word in words[1:]))
+        if role:
+            from nextscale.acceleration.code_decoding import Only
+
+            hook = Only(role, hook)  # type: ignore[arg-type]
+        made.append(hook)
     return made
 
 

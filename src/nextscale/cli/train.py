@@ -176,6 +176,34 @@ def merge(
     typer.echo(f"{out}: done")
 
 
+@app.command("pair")
+def pair(
+    drafter: Annotated[str, typer.Option("--drafter", help="The model that draws the first scales: folder or name.")],
+    refiner: Annotated[str, typer.Option("--refiner", help="The model that draws the others: folder or name.")],
+    draft_steps: Annotated[int, typer.Option("--draft-steps", help="How many scales are drafted.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
+    dtype: Annotated[
+        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
+    ] = options.Precision.bf16,
+) -> None:
+    """Write two trained VARs as one model that draws by both (CoDe), without training.
+
+    \b
+    Example: nextscale train pair --drafter var-d24/ --refiner var-d16/ --draft-steps 8 --out pair/
+    """
+    import torch
+
+    from nextscale.data.pictures_out import writing_folder
+    from nextscale.systems import folders
+    from nextscale.systems.code_decoding import pair as paired
+
+    _check_new(out)
+    system = paired(options.open_model(drafter), options.open_model(refiner), draft_steps)
+    with writing_folder(out) as temporary:
+        folders.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
+    typer.echo(f"{out}: done")
+
+
 @app.command("assemble")
 def assemble(
     model: Annotated[Path, typer.Option("--model", help="Folder of a trained model.")],

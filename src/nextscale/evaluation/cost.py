@@ -22,10 +22,11 @@ class Cost:
     """Of one batch.
 
     parameters: of everything but the tokenizer, a control's too; steps: of the plan; evaluations, rows: of the network,
-    a row counted once a branch and picture, whichever of its parts it goes through; head_evaluations: of networks that
-    the head has of its own (a flow, a diffusion), its modules called ``network``; memory_bytes: most that the run's
-    memory held between steps (keys and values, states); peak_bytes: most that was alive at once beyond the weights,
-    decoding left out, None where it wasn't asked for; seconds: of the whole batch, decoding included.
+    of both where there are two; a row counted once a branch and picture, whichever of a network's parts it goes
+    through; head_evaluations: of networks that the head has of its own (a flow, a diffusion), its modules called
+    ``network``; memory_bytes: most that the run's memory held between steps (keys and values, states); peak_bytes: most
+    that was alive at once beyond the weights, decoding left out, None where it wasn't asked for; seconds: of the whole
+    batch, decoding included.
     """
 
     pictures: int
@@ -93,7 +94,9 @@ def cost_of(system: Any, labels: Any = None, count: int | None = None, peak: boo
         seen["memory"] = max(seen["memory"], run.memory.bytes())
         seen["peak"] = 0 if live is None else live.peak  # before the batch is decoded
 
-    handles = [system.generator.register_forward_pre_hook(enters)]
+    generators = [system.generator, *(part.generator for name in system.further
+                                      if hasattr(part := getattr(system, name), "generator"))]
+    handles = [generator.register_forward_pre_hook(enters) for generator in generators]
     networks = {module for name, module in system.head.named_modules() if name.split(".")[-1] == "network"}
     whole = getattr(system.head, "network", None)  # of a head that is a network itself
     networks |= {whole} if isinstance(whole, nn.Module) else set()

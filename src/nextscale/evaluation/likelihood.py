@@ -24,7 +24,8 @@ def likelihood_blocks(out: Any, subject: Subject, pictures: Pictures, dataset: P
     places = torch.arange(len(dataset)) if limit is None or limit >= len(dataset) else \
         torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).round().long()
     how = "no label" if known is None else f"the picture's label (matched by {known.how})"
-    request = {"of": dict(pictures.request), "model": subject.fingerprint, "condition": how}
+    request = {"of": dict(pictures.request), "model": subject.fingerprint, "condition": how,
+               **subject.system.scored_with()}
 
     def make(block: range) -> dict[str, Tensor]:
         found = []

@@ -3,14 +3,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.canvas import Canvas
 from nextscale.context import Hook
+from nextscale.errors import InputError
 from nextscale.plan import Plan
 from nextscale.run import Run, Sample
+from nextscale.tokenizers.pyramid import cells_of
+
+EditRule = Literal["tokens", "latent"]
+"""What of the known region is kept: its tokens at every scale (VAR), or its latent after every scale (CoDe)."""
 
 
 def keep_masks(keep_B1HW: Tensor, plan: Plan) -> list[Tensor]:
@@ -40,6 +47,49 @@ def latent_mask(redraw_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
 def keep_first(plan: Plan, steps: int, pictures: int, device: torch.device) -> list[Tensor]:
     """Masks (B, h * w) bool that keep the first ``steps`` steps whole and nothing of the others."""
     return [torch.full((pictures, step.rows), k < steps, device=device) for k, step in enumerate(plan)]
+
+
+def covered_cells(redraw_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """From pixels to redraw, (B, S, S') bool, the cells to keep, (B, 1, h, w), by the pixel nearest to each: the rule
+    of CoDe's inpainting."""
+    return 1 - F.interpolate(redraw_BHW[:, None].float(), size=grid, mode="nearest")
+
+
+def partial_canvases(tokens: Sequence[Tensor], canvas: Canvas, order: Tensor | None = None) -> Tensor:
+    """The canvas after every step of known tokens, (B, K, C, H, W). Raises InputError where steps replace each other,
+    so that canvases have different sizes."""
+    found = []
+    for k, step_tokens in enumerate(tokens):
+        canvas = canvas.write(k, step_tokens, cells_of(canvas.plan, k, order))
+        found.append(canvas.value)
+    if any(value.shape != found[-1].shape for value in found):
+        raise InputError("edit: this tokenizer's scales replace each other, so there is no partial latent to keep; "
+                         "use rule='tokens'")
+    return torch.stack(found, 1)
+
+
+class KnownLatent(Hook):
+    """Keep the latent of known cells: after step k the canvas is g_k there, and what was drawn elsewhere.
+
+    f_k = (f_(k-1) + phi(h_k)) (1 - m) + g_k m, with g_k the partial latent of the known picture: the zero-shot
+    inpainting of CoDe's published code (arXiv 2411.17787), which fits any residual pyramid. Unlike forced tokens it
+    leaves the tokens as they were drawn: they alone don't make the picture again.
+
+    latents: g, (B, K, C, H, W); keep: m, (B, 1, H, W), 1 where the picture is known.
+    """
+
+    def __init__(self, latents: Tensor, keep: Tensor):
+        self.latents, self.keep = latents, keep
+
+    def end(self, run: Run, step: int) -> None:
+        latents, keep = run.carry("known.latents", self.latents), run.carry("known.keep", self.keep)
+        run.canvas = replace(run.canvas, value=torch.where(keep > 0, latents[:, step], run.canvas.value))
+        if not run.done:
+            run.reads[-1] = run.canvas.read(run.cursor)
+
+    def part(self, pictures: slice) -> KnownLatent:
+        """The same for some of the pictures."""
+        return KnownLatent(self.latents[pictures], self.keep[pictures])
 
 
 class ForcedTokens(Hook):

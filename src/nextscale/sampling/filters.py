@@ -66,16 +66,37 @@ class TopP:
         return logits.scatter(-1, index, best.masked_fill(drop, -torch.inf))
 
 
-Filter = Temperature | TopK | TopP
+@dataclass(frozen=True)
+class PerStep:
+    """A filter of its own for every step of the plan. Raises InputError where there are more or fewer than steps."""
+
+    filters: tuple[Temperature | TopK, ...]
+
+    def __call__(self, logits: Tensor, at: At) -> Tensor:
+        if len(self.filters) != at.steps:
+            kind = "temperatures" if isinstance(self.filters[0], Temperature) else "top_k"
+            raise InputError(f"{kind}: {len(self.filters)} numbers are given for {at.steps} steps")
+        return self.filters[at.step](logits, at)
 
 
-def make_filters(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> tuple[Filter, ...]:
-    """Filters from settings, in the order in which they act; None or 0 leaves top_k and top_p out."""
-    filters: list[Filter] = []
-    if temperature != 1.0:
-        filters.append(Temperature(temperature))
+Filter = Temperature | TopK | TopP | PerStep
+
+
+def make_filters(temperature: float = 1.0, top_k: int | tuple[int, ...] | None = None, top_p: float | None = None,
+                 temperatures: tuple[float, ...] = (), temperature_last: bool = False) -> tuple[Filter, ...]:
+    """Filters from settings, in the order in which they act; None or 0 leaves top_k and top_p out.
+
+    The temperature acts first, so that a flatter distribution has a larger nucleus; with ``temperature_last`` it acts
+    on what top_k and top_p have left. top_k, temperatures: one for every step; the latter multiply the temperature.
+    """
+    narrow: list[Filter] = []
     if top_k:
-        filters.append(TopK(top_k))
+        narrow.append(PerStep(tuple(map(TopK, top_k))) if isinstance(top_k, tuple) else TopK(top_k))
     if top_p:
-        filters.append(TopP(top_p))
-    return tuple(filters)
+        narrow.append(TopP(top_p))
+    soften: list[Filter] = []
+    if temperatures:
+        soften.append(PerStep(tuple(Temperature(temperature * factor) for factor in temperatures)))
+    elif temperature != 1.0:
+        soften.append(Temperature(temperature))
+    return tuple([*narrow, *soften] if temperature_last else [*soften, *narrow])

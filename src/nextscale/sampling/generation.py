@@ -49,13 +49,16 @@ class GuidedSettings:
 class Settings(GuidedSettings):
     """How codes are chosen: guidance and temperature, and
 
-    top_k, top_p: None keeps all; smooth: VAR's smooth mode, which writes a soft mixture of codes (prettier, less
-    varied; not for measuring).
+    top_k, top_p: None keeps all, and top_k may be a number for every step; smooth: VAR's smooth mode, which writes a
+    soft mixture of codes (prettier, less varied; not for measuring); temperatures: for every step a factor of the
+    temperature; temperature_last: divide by it behind top_k and top_p, as CoDe does, instead of before.
     """
 
-    top_k: int | None = None
+    top_k: int | tuple[int, ...] | None = None
     top_p: float | None = None
     smooth: bool = False
+    temperatures: tuple[float, ...] = ()
+    temperature_last: bool = False
 
 
 @dataclass

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -30,17 +31,20 @@ class LogProb(NamedTuple):
 
 def score(model: Model, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Tensor | None], condition: Condition,
           guidance: Guidance, branches: Sequence[str], filters: Sequence[Filter] = (),
-          hooks: Sequence[Hook] = ()) -> LogProb:
+          hooks: Sequence[Hook] = (), first: int = 0, last: int | None = None) -> LogProb:
     """Log-probability of every token under teacher forcing; equals what the step loop gives the same tokens.
 
-    tokens: (B, L_k) a step; reads: the steps' inputs, as ``pyramid.replay`` gives them. Raises InputError where a hook
-    can't act in this pass.
+    tokens: (B, L_k) a step; reads: the steps' inputs, as ``pyramid.replay`` gives them; first, last: score the steps
+    from ``first`` up to but not including ``last`` alone. Raises InputError where a hook can't act in this pass.
     """
     prepare(model, plan, hooks)
-    outputs = model.head.outputs(hidden_states(model, plan, reads, condition, branches, hooks), branches)
+    last = len(plan) if last is None else last
+    seen = plan if last == len(plan) else replace(plan, steps=plan.steps[:last])
+    hidden = hidden_states(model, seen, reads[:last], condition, branches, hooks)[:, plan.starts[first]:]
+    outputs = model.head.outputs(hidden, branches)
     guidance, filters = hooked(guidance, filters, hooks)
     parts = []
-    for span in plan.spans(0, len(plan)):
+    for span in plan.spans(first, last):
         at_step = {name: logits[:, span.lo:span.hi] for name, logits in outputs.items()}
         logits = model.head.distribution(at_step, At.of(plan, span.step), guidance, filters)
         parts.append(token_log_prob(logits, tokens[span.step]))

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def load_model(name: str, precision: str = "fp32", device: str = "auto", tokenizer: Any = None,
-               generator: Any = None, control: Any = None) -> Any:
+               generator: Any = None, **further: Any) -> Any:
     """See ``nextscale.load``."""
     from nextscale.devices import choose_device
     from nextscale.errors import WeightsError
@@ -14,8 +14,9 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
 
     target = choose_device(device)
     system = open_model(name)
-    if any(given is not None for given in (tokenizer, generator, control)):
-        load_published(system, tokenizer, generator, control=control)
-        if generator is not None and control is None and getattr(system, "control_names", tuple)():
-            raise WeightsError(f"{name} has published weights of its control, too; give control, or load its base")
+    if any(given is not None for given in (tokenizer, generator, *further.values())):
+        load_published(system, tokenizer, generator, **further)
+        for part, names in zip(system.further, system.published_names()[2:], strict=True):
+            if generator is not None and names and further.get(part) is None:
+                raise WeightsError(f"{name} has published weights of its {part}, too; give {part}, or load its base")
     return system.to(target).to_precision(precision)

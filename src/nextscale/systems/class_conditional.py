@@ -145,7 +145,7 @@ class ClassConditionalSystem(nn.Module):
 
     def filters(self, used: Any) -> tuple[Filter, ...]:
         """Filters by the settings, in the order in which they act."""
-        return tuple(make_filters(used.temperature, used.top_k, used.top_p))
+        return make_filters(used.temperature, used.top_k, used.top_p, used.temperatures, used.temperature_last)
 
     def soft(self, used: Any) -> Callable[..., Tensor] | None:
         """What makes code vectors to be written in the place of the codes that were drawn, where the settings ask for
@@ -400,18 +400,26 @@ class ClassConditionalSystem(nn.Module):
     def edit(self, pictures: Tensor, redraw: Tensor, labels: Sequence[Label] | Label = None, *, seed: int = 0,
              seeds: Sequence[int] | None = None, purpose: str = "pictures", output: OutputKind = "pil",
              progress: bool | None = None, schedule: Schedule | None = None, hooks: Sequence[Hook] = (),
-             **settings: Any) -> Generation:
+             rule: editing.EditRule = "tokens", **settings: Any) -> Generation:
         """Redraw a region without training: in- and outpainting, or another class inside a region.
 
-        pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. Tokens of untouched cells
-        are forced at every scale, so the rest equals the tokenizer's reconstruction. Raises InputError when sizes are
-        not the model's.
+        pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. rule: ``tokens`` forces the
+        tokens of untouched cells at every scale, so the rest equals the tokenizer's reconstruction; ``latent`` keeps
+        the latent of cells whose nearest pixel is known, see ``editing.KnownLatent``, and then the tokens that are
+        returned are not the picture's. Raises InputError when sizes are not the model's, and on unknown rules.
         """
         self.check_edit(pictures, redraw)
+        if rule not in ("tokens", "latent"):
+            raise InputError(f"rule {rule!r} is unknown; use tokens or latent")
         plan = self.plan_of(schedule)
-        keep = editing.keep_masks(editing.latent_mask(redraw.to(self.device), plan.grid), plan)
-        forced = editing.ForcedTokens(self.encode(pictures, schedule), keep)
-        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[*hooks, forced],
+        tokens, kept = self.encode(pictures, schedule), redraw.to(self.device)
+        if rule == "latent":
+            canvas = Canvas.empty(plan, self.tokenizer.quantiser, len(pictures), self.device)
+            hook: Hook = editing.KnownLatent(editing.partial_canvases(tokens, canvas, self.order(plan)),
+                                             editing.covered_cells(kept, plan.grid))
+        else:
+            hook = editing.ForcedTokens(tokens, editing.keep_masks(editing.latent_mask(kept, plan.grid), plan))
+        return self.generate(labels, len(pictures), seed=seed, seeds=seeds, purpose=purpose, hooks=[*hooks, hook],
                              batch_size=len(pictures), progress=progress, output=output, schedule=schedule, **settings)
 
     @torch.no_grad()
@@ -444,6 +452,10 @@ class ClassConditionalSystem(nn.Module):
             raise InputError(f"mask: its shape {tuple(redraw.shape)} must be {(len(pictures), h, w)}, as the picture's")
 
     # Likelihood and training
+
+    def scored_with(self) -> dict[str, Any]:
+        """What ``log_prob`` hangs on beside the weights, to tell results that are kept apart."""
+        return {}
 
     def log_prob(self, pictures_or_tokens: Tensor | Sequence[Tensor], labels: Sequence[Label] | Label = None,
                  guidance: Guidance | None = None, filters: Sequence[Any] = (),

@@ -28,6 +28,12 @@ QUANTISERS = {
 """Kind to class, imported on use."""
 
 
+MAKES_CODES = ("encoder.", "to_latent.", "quantiser.")
+"""What of a tokenizer's tensors decides its codes, by how their names begin."""
+STATISTICS = (".usage_KV", ".assigned_V", ".assigned_sum_VC")
+"""Which of these only count, by how their names end."""
+
+
 class TrainingOutput(NamedTuple):
     """What the training pass of a tokenizer gives: the picture (not clamped), its tokens, and the latent losses.
 
@@ -209,3 +215,10 @@ class Tokenizer(nn.Module):
                              "the picture")
         if len(plan) > 1 and self.config.kind == "fsq":
             raise InputError(f"schedule: kind {self.config.kind!r} codes a single map, not {len(plan)} scales")
+
+
+def same_codes(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers make the same codes, but for a rounding to bf16, which models are saved in."""
+    ours, theirs = ({name: tensor.detach().bfloat16().cpu() for name, tensor in each.state_dict().items()
+                     if name.startswith(MAKES_CODES) and not name.endswith(STATISTICS)} for each in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

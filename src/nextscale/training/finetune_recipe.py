@@ -161,6 +161,9 @@ def model_config(name: str) -> SystemConfig:
     config = folders.model_config(name)
     if config is None:
         raise InputError(f"{name} comes from another package and can't be fine-tuned by name; give its folder")
+    if hasattr(config, "drafter"):
+        raise InputError(f"{name} is a pair of networks, each tuned for its part: use `nextscale train generator "
+                         f"--system {config.slug} --set start=...`")
     return config
 
 

@@ -66,7 +66,9 @@ class GeneratorTask:
         self.compile, self.backend = compile, backend
         self._utilisation: Utilisation | None = None
         system.tokenizer.requires_grad_(False).eval()
-        system.generator.checkpointing = checkpointing
+        networks: list[Any] = [module for module in system.modules() if hasattr(module, "checkpointing")]
+        for network in networks:
+            network.checkpointing = checkpointing
         self.parts: dict[str, nn.Module] = {"generator": system.generator, "head": system.head,
                                             "labels": system.labels,
                                             **{name: getattr(system, name) for name in system.further}}
@@ -194,7 +196,8 @@ class GeneratorTask:
                 total_K += by_step_K.cpu() * share
                 if guessed_K is not None:
                     right_K += guessed_K.cpu() * share
-        found = dict(self._figures(total_K, None if guessed_K is None else right_K, range(len(total_K))))
+        known = [k for k, value in enumerate(total_K.tolist()) if not math.isnan(value)]
+        found = dict(self._figures(total_K, None if guessed_K is None else right_K, known))
         found["nats_per_token" if self.system.likelihood else "loss"] = self._over_rows(total_K)
         return {f"held_out/{name}": float(value) for name, value in found.items()}
 

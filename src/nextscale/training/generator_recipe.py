@@ -14,17 +14,18 @@ from nextscale.configuration import build
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.devices import choose_device
 from nextscale.errors import InputError, WeightsError
+from nextscale.objectives.distillation import Direction
 from nextscale.registry import weights_of
 from nextscale.systems import folders
-from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
+from nextscale.systems.class_conditional import SystemConfig
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import same_codes
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.prefix import Prefix
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.tokenizer_recipe import load_tokenizer
-from nextscale.training.tokens import same_codes
 from nextscale.training.trainer import Trainer, TrainResult
 
 
@@ -32,7 +33,9 @@ from nextscale.training.trainer import Trainer, TrainResult
 class GeneratorTraining:
     """A generator's recipe. system: which, by slug; generator: its network, as that system's configuration has it;
     start: a trained model to begin with, by folder or name: of that system, or of the one that it is built on (VAR for
-    a control); then ``tokenizer`` and ``generator`` may be left out; control: of a system that a picture steers, as its
+    a control, and for a pair's refiner); then ``tokenizer`` and ``generator`` may be left out; drafter: the trained
+    model that drafts in a pair, by folder or name, draft_steps: how many scales, and direction: of the refiner's
+    divergence from it; a pair to start with has all three; control: of a system that a picture steers, as its
     configuration has it; part: which of its parts to train, the first where
     nothing is said; tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale tokenize`` made
     with it, in the place of the pictures of ``data``; gate: initial factor on the residual gates; prefix,
@@ -42,6 +45,9 @@ class GeneratorTraining:
     system: str = "var"
     start: str = ""
     part: str = ""
+    drafter: str = ""
+    draft_steps: int | None = None
+    direction: Direction | None = None
     tokenizer: str = ""
     tokens: str = ""
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -68,6 +74,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     if control is not None and not wanted.start and getattr(control, "freeze_backbone", True):
         raise InputError(f"recipe: start is missing; {wanted.system} is trained on a finished model, name its "
                          "folder, as in start=runs/generator/model")
+    check_pair(wanted)
     if not (wanted.tokenizer or wanted.start):
         raise InputError("recipe: tokenizer is missing; name the folder that `nextscale train tokenizer` made")
     device = choose_device(wanted.train.device)
@@ -85,6 +92,8 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     system.tokenizer.load_state_dict(tokenizer.state_dict())
     if wanted.start:
         _begin_with(system, _start_folder(wanted.start))
+    if wanted.drafter:
+        _begin_with(system, _start_folder(wanted.drafter), "drafter")
     if wanted.part or system.parts:
         system.train_part(wanted.part or system.parts[0])
     validation: tuple[Tensor, ...] | None = None
@@ -107,13 +116,16 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     return result
 
 
-def _begin_with(system: ClassConditionalSystem, folder: Path) -> None:
-    """Take over a trained model's weights. Raises WeightsError where it is another system's or of other sizes."""
+def _begin_with(system: Any, folder: Path, role: str = "") -> None:
+    """Take over a trained model's weights, for the system itself or one of its further parts that is a network too.
+
+    Raises WeightsError where it is another system's or of other sizes.
+    """
     config = folders.read_config(folder)
-    own = system.config
-    same = config.slug == own.slug
-    fits = (config.generator, config.classes) == (own.generator, own.classes) and (
-        not same or getattr(config, "control", None) == getattr(own, "control", None))
+    own, into = system.config, getattr(system, role) if role else system
+    same = config.slug == own.slug and not role
+    fits = (config.generator, config.classes) == (getattr(own, role or "generator"), own.classes) and (
+        not same or all(getattr(config, name, None) == getattr(own, name, None) for name in ("control", "drafter")))
     if not (same or config.slug in system.starts_from) or not fits:
         raise WeightsError(f"{folder} holds a {config.slug} of other sizes or classes than the recipe's {own.slug}; "
                            "give the sizes that it was trained with")
@@ -122,7 +134,35 @@ def _begin_with(system: ClassConditionalSystem, folder: Path) -> None:
         raise WeightsError(f"{folder} was trained on another tokenizer's codes than the recipe's tokenizer has; leave "
                            "the tokenizer out, then the model's own is taken")
     for name in ("generator", "head", "labels", *(system.further if same else ())):
-        getattr(system, name).load_state_dict(getattr(trained, name).state_dict())
+        getattr(into, name).load_state_dict(getattr(trained, name).state_dict())
+
+
+def check_pair(wanted: GeneratorTraining) -> None:
+    """Raises InputError where a pair is to be trained and one of its networks is missing, or the other way round."""
+    is_pair = hasattr(folders.system_type(wanted.system).config_type(), "drafter")
+    given = {"drafter": wanted.drafter, "draft_steps": wanted.draft_steps, "direction": wanted.direction}
+    for name in given if not is_pair else ():
+        if given[name] not in ("", None):
+            raise InputError(f"recipe: {name} is given, but the system {wanted.system!r} is no pair; use code_decoding")
+    if not is_pair:
+        return
+    if not wanted.start:
+        raise InputError("recipe: start is missing; name the folder of the refiner, or of a pair, as in "
+                         "start=runs/small/model")
+    if folders.read_config(_start_folder(wanted.start)).slug != wanted.system and not wanted.drafter:
+        raise InputError("recipe: drafter is missing; name the folder of the model that drafts, as in "
+                         "drafter=runs/large/model")
+
+
+def of_pair(wanted: GeneratorTraining) -> dict[str, Any]:
+    """What the recipe, or the pair that it starts from, says of a pair's drafter; the rest of its configuration."""
+    started: Any = folders.read_config(_start_folder(wanted.start))
+    values = {name: getattr(started, name) for name in ("drafter", "draft_steps", "direction")
+              if started.slug == wanted.system}
+    if wanted.drafter:
+        values["drafter"] = folders.read_config(_start_folder(wanted.drafter)).generator
+    return values | {name: value for name in ("draft_steps", "direction")
+                     if (value := getattr(wanted, name)) is not None}
 
 
 def _start_folder(start: str) -> Path:
@@ -151,7 +191,8 @@ def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
         network = build(type(kind().generator), wanted.generator, "recipe.generator")
     settings = build(type(kind().settings["pictures"]), wanted.settings, "recipe.settings")
     config: Any = kind(tokenizer, network, tuple(len(kind) for kind in names), names,
-                       {"pictures": settings, "fid": settings})
+                       {"pictures": settings, "fid": settings},
+                       **(of_pair(wanted) if hasattr(kind(), "drafter") else {}))
     control = control_config(wanted)
     found: SystemConfig = config if control is None else replace(config, control=control)
     return found

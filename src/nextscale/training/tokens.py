@@ -39,6 +39,7 @@ from nextscale.data.token_shards import (
     write_shard,
 )
 from nextscale.errors import DataError, InputError
+from nextscale.tokenizers.tokenizer import MAKES_CODES, STATISTICS
 
 if TYPE_CHECKING:
     from nextscale.tokenizers.tokenizer import Tokenizer
@@ -49,27 +50,16 @@ ShardReport = Callable[[int, int], None]
 """Called after every batch with (pictures done, pictures to do) of this process."""
 
 
-_MAKES_CODES = ("encoder.", "to_latent.", "quantiser.")
-_STATISTICS = (".usage_KV", ".assigned_V", ".assigned_sum_VC")
-
-
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """A fingerprint of the part of a tokenizer that makes codes, which cached tokens are bound to: configuration,
     encoder and quantiser. Its decoder may be trained on and its statistics of use may move without other codes."""
     digest = hashlib.sha256(json.dumps(_chosen(tokenizer.config), sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(_MAKES_CODES) or name.endswith(_STATISTICS):
+        if not name.startswith(MAKES_CODES) or name.endswith(STATISTICS):
             continue
         digest.update(name.encode())
         digest.update(tensor.detach().float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def same_codes(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers make the same codes, but for a rounding to bf16, which models are saved in."""
-    ours, theirs = ({name: tensor.detach().bfloat16().cpu() for name, tensor in each.state_dict().items()
-                     if name.startswith(_MAKES_CODES) and not name.endswith(_STATISTICS)} for each in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def _chosen(config: Any) -> Any:
