@@ -20,10 +20,10 @@ __all__ = ["__version__", "hook", "list_hooks", "list_models", "list_systems", "
 def load(name: str, **options: Any) -> Any:
     """A model by name (``emoji-64``, ``var-d16``, ...) or from a folder that ``nextscale train`` or ``convert`` wrote.
 
-    options: ``precision`` (``fp32``, ``bf16`` or ``int8``), ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``), and for published
-    sizes ``tokenizer``, ``generator`` and, where a picture steers, ``control``, of a pair ``drafter``: weights by local
-    path or hub file. Raises InputError on unknown names, WeightsError on weights that don't fit and on parts that a
-    model hasn't, DeviceError on a device that isn't there.
+    options: ``precision`` (``fp32``, ``bf16`` or ``int8``), ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``), and for
+    published sizes ``tokenizer``, ``generator`` and, where a picture steers, ``control``, of a pair ``drafter``:
+    weights by local path or hub file. Raises InputError on unknown names, WeightsError on weights that don't fit and on
+    parts that a model hasn't, DeviceError on a device that isn't there.
     """
     from nextscale.systems import load_model
 
