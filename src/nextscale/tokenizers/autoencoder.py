@@ -92,9 +92,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(_silu(self.norm_in(x)))
-        h = self.conv_out(_silu(self.norm_out(h)))
-        return self.shortcut(x) + h
+        # In one expression, so that no name keeps a map alive that the next convolution doesn't read.
+        return self.shortcut(x) + self.conv_out(_silu(self.norm_out(self.conv_in(_silu(self.norm_in(x))))))
 
 
 class SelfAttention2d(nn.Module):
@@ -146,11 +145,16 @@ class Level(nn.Module):
         self.change = change
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.within(x)
+        return x if self.change is None else self.change(x)
+
+    def within(self, x: Tensor) -> Tensor:
+        """The blocks, at this level's own resolution."""
         for i, block in enumerate(self.blocks):
             x = block(x)
             if self.attentions is not None:
                 x = self.attentions[i](x)
-        return x if self.change is None else self.change(x)
+        return x
 
 
 class Middle(nn.Module):
