@@ -14,7 +14,7 @@ from nextscale.layers.adaln import Modulation, modulated_norm
 from nextscale.layers.attention import unit_heads
 from nextscale.layers.linear import Linear
 from nextscale.layers.mlp import MLP, drop_path
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import Call, Rows, Run
 
 Product = tuple[int, int, int, int, int, float]
@@ -146,7 +146,7 @@ class VARGenerator(nn.Module):
     def positions(self, plan: Plan, first: int, last: int) -> Tensor:
         """Learned position and level of the rows of some steps, (1, L, C)."""
         span = plan.span(first, last)
-        return self.position[:, span] + self.level(plan.step_of_row[span].to(self.position.device))
+        return self.position[:, span] + self.level(places(plan, self.position.device)[1][:, span])
 
     def check_plan(self, plan: Plan) -> None:
         """Raises InputError for a plan that the positions are not for."""
