@@ -123,6 +123,9 @@ class VARGenerator(nn.Module):
     checkpointing = False
     block: type[Block] = Block
 
+    # What a row of a call holds at most while a block works on it, as a multiple of the width (counted).
+    live_widths = 13
+
     def __init__(self, config: VARGeneratorConfig, plan: Plan, latent_width: int, name: str = "base"):
         super().__init__()
         self.config, self.plan, self.name = config, plan, name
@@ -206,6 +209,14 @@ class VARGenerator(nn.Module):
         scale, shift = ctx.once(f"{self.name}.head_modulation",
                                 lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
         return modulated_norm(x, scale, shift)
+
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        """What a run's memory is given for one picture: keys and values of every row of the plan."""
+        return 2 * self.config.depth * self.config.width * plan.length * branches * self.word.weight.element_size()
+
+    def rows_at_once(self, plan: Plan) -> int:
+        """Rows of a run's largest call, a branch and picture."""
+        return max(step.rows for step in plan)
 
     def products(self, plan: Plan, pictures: int) -> list[Product]:
         """The matrix products of a training pass over a plan; attention's by what the visibility shows."""

@@ -20,6 +20,10 @@ from nextscale.layers.norms import GroupNorm
 from nextscale.tokenizers.autoencoder import Decoder, Level, ResidualBlock, Upsample
 
 
+ROWS = 32
+"""Of a strip where nobody says otherwise: of them, four are computed twice."""
+
+
 class Affine(NamedTuple):
     """A group normalisation whose statistics are known: x scale + shift, each (B, C, 1, 1) in float32."""
 
@@ -43,14 +47,13 @@ def decode_in_strips(decoder: Decoder, features_BFHW: Tensor, rows: int) -> Tens
     x = decoder.middle(decoder.input(features_BFHW.contiguous(memory_format=torch.channels_last)))
     for i, level in enumerate(reversed(decoder.levels)):
         assert isinstance(level, Level)
-        if i == 0:
-            x = level.within(x)
-        else:
-            for block in level.blocks:
-                assert isinstance(block, ResidualBlock)
-                x = _block(block, x, rows)
-        if level.change is not None:
-            x = _doubled(level.change, x, rows)
+        for part in level.parts():
+            if isinstance(part, Upsample):
+                x = _doubled(part, x, rows)
+            elif i and isinstance(part, ResidualBlock):
+                x = _block(part, x, rows)
+            else:
+                x = part(x)
     norm = normalisation(decoder.norm, (x[:, :, lo:hi] for lo, hi in strips(x.shape[2], rows)))
     out = x.new_empty(x.shape[0], 3, *x.shape[2:])
     for lo, hi in strips(x.shape[2], rows):
@@ -114,9 +117,8 @@ def _block(block: ResidualBlock, x: Tensor, rows: int) -> Tensor:
     return out
 
 
-def _doubled(change: nn.Module, x: Tensor, rows: int) -> Tensor:
+def _doubled(change: Upsample, x: Tensor, rows: int) -> Tensor:
     """Twice the rows and columns by repeating cells, through the convolution behind them."""
-    assert isinstance(change, Upsample)
     height, width = 2 * x.shape[2], 2 * x.shape[3]
     out = _empty(x, change.conv.out_channels, height, width)
     for lo, hi in strips(height, rows):
