@@ -72,8 +72,7 @@ def test_the_loop_neither_asks_the_device_nor_copies_to_it(name: str) -> None:
     def draw() -> list[str]:
         run = system.start(labels, guidance, Keyed.from_seeds([0, 1], "meta"), system.plan_for(used))
         with torch.no_grad(), Copies() as copies:
-            for run in system.sampled(run, guidance, used):
-                pass
+            list(system.sampled(run, guidance, used))
             system.tokenizer.decode(run.canvas)
         assert run.done
         return copies.found

@@ -106,7 +106,9 @@ def test_files_are_the_same_bytes_in_batches_by_a_thread_as_one_after_the_other(
         assert path.read_bytes() == (tmp_path / "batches" / path.name).read_bytes()
 
 
-def test_a_picture_that_its_thread_cannot_write_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_its_thread_cannot_write_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -25,7 +25,7 @@ def decoder_of(config: AutoencoderConfig) -> Decoder:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("grid", [(8, 8), (5, 9), (9, 5)], ids=str)
+@pytest.mark.parametrize("grid", [(8, 8), (5, 9)], ids=str)
 def test_strips_give_the_whole_picture_to_float_noise(name: str, grid: tuple[int, int]) -> None:
     decoder = decoder_of(CONFIGS[name])
     features = torch.randn(2, CONFIGS[name].features, *grid, generator=torch.Generator().manual_seed(1))

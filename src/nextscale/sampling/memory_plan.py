@@ -131,11 +131,5 @@ def plan_batches(asked: int, need: Needs, limit: int | None, free: int | None) -
 
 def size(count: int) -> str:
     """A number of bytes as people read it."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        unit = "GB"
-    return f"{value:.3g} {unit}"
+    power = min((len(str(count)) - 1) // 3, 3)
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"

@@ -19,7 +19,6 @@ from nextscale.errors import InputError
 from nextscale.layers.norms import GroupNorm
 from nextscale.tokenizers.autoencoder import Decoder, Level, ResidualBlock, Upsample
 
-
 ROWS = 32
 """Of a strip where nobody says otherwise: of them, four are computed twice."""
 
@@ -68,7 +67,8 @@ def strips(height: int, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def normalisation(norm: GroupNorm, parts: Iterable[Tensor]) -> Affine:
-    """A group normalisation of a map that comes in parts (B, C, h, W): their moments put together (Chan et al., 1979)."""
+    """A group normalisation of a map that comes in parts (B, C, h, W), whose moments are put together (Chan et al.,
+    1979)."""
     counts, means, variances = [], [], []
     for part in parts:
         grouped = part.float().unflatten(1, (norm.num_groups, -1))
