@@ -124,6 +124,14 @@ def test_a_limit_below_one_picture_is_refused_before_any_work(system: VAR) -> No
         system.generate([0], memory_limit=1000)
 
 
+def test_a_network_that_does_not_tell_is_drawn_as_asked_and_takes_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = tiny_var()
+    monkeypatch.delattr(type(system.generator), "memory_bytes")
+    assert len(system.generate([0, 1]).images) == 2
+    with pytest.raises(InputError, match="doesn't tell what it holds"):
+        system.generate([0], memory_limit=10**9)
+
+
 def test_sizes_read_well() -> None:
     assert [size(n) for n in (12, 4500, 3_200_000, 17_300_000_000)] == ["12 bytes", "4.5 kB", "3.2 MB", "17.3 GB"]
 

@@ -149,7 +149,7 @@ class TwoStacks(nn.Module):
     def memory_bytes(self, plan: Plan, branches: int) -> int:
         """What a run's memory is given for one picture: keys and values of every row of the plan."""
         blocks = len(self.first) + len(self.second)
-        return 2 * blocks * self.config.width * plan.length * branches * self.word.weight.element_size()
+        return 2 * blocks * self.config.width * plan.length * branches * next(self.parameters()).element_size()
 
     def rows_at_once(self, plan: Plan) -> int:
         """Rows of a run's largest call, a branch and picture."""

@@ -212,7 +212,8 @@ class VARGenerator(nn.Module):
 
     def memory_bytes(self, plan: Plan, branches: int) -> int:
         """What a run's memory is given for one picture: keys and values of every row of the plan."""
-        return 2 * self.config.depth * self.config.width * plan.length * branches * self.word.weight.element_size()
+        values = 2 * self.config.depth * self.config.width * plan.length * branches
+        return values * next(self.parameters()).element_size()
 
     def rows_at_once(self, plan: Plan) -> int:
         """Rows of a run's largest call, a branch and picture."""

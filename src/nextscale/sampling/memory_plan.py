@@ -50,9 +50,14 @@ class Batches:
 
 
 def needs(system: Any, plan: Plan, branches: int) -> Needs:
-    """What a system needs for pictures of a plan. system: what has ``generator``, ``head`` and ``tokenizer``."""
+    """What a system needs for pictures of a plan. system: what has ``generator`` and ``tokenizer``.
+
+    Raises InputError for a generator that doesn't tell (``memory_bytes``, ``rows_at_once``, ``live_widths``).
+    """
     generator = system.generator
-    element = generator.word.weight.element_size()
+    if not hasattr(generator, "memory_bytes"):
+        raise InputError(f"memory: {type(generator).__name__} doesn't tell what it holds; leave the limit out")
+    element = next(generator.parameters()).element_size()
     rows, width = generator.rows_at_once(plan), generator.config.width
     vocabulary = system.tokenizer.config.vocabulary
     step = rows * branches * width * generator.live_widths * element

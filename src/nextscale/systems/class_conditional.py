@@ -352,6 +352,8 @@ class ClassConditionalSystem(nn.Module):
         they are fewer. limit: bytes, weights included; None: what the device has left."""
         if asked < 1:
             raise InputError(f"batch_size is {asked}; it must be at least 1")
+        if limit is None and not hasattr(self.generator, "memory_bytes"):  # another package's, that doesn't tell
+            return Batches(asked, asked)
         need = needs(self, plan, len(guidance.branches))
         found = plan_batches(asked, need, limit, free_memory(self.device) if limit is None else None)
         if found.note is not None:
