@@ -156,6 +156,49 @@ def test_folder_npz_and_sheet_hold_the_same_pictures_whatever_the_batch(model: P
     assert close(pixels(work / "single" / "sheet.png"), pixels(work / "sheet.png"))
 
 
+def test_files_of_a_folder_hang_neither_on_the_batch_nor_on_a_memory_limit(model: Path, work: Path) -> None:
+    common = f"generate --model {model} --label sport --count 5 --seed 1"
+    assert run(shlex.split(f"{common} --batch-size 1 --out a")) == 0
+    assert run(shlex.split(f"{common} --batch-size 1 --memory-limit 100GB --out b")) == 0
+    assert files_in(work / "a") == files_in(work / "b")
+    assert all((work / "a" / name).read_bytes() == (work / "b" / name).read_bytes() for name in files_in(work / "a"))
+
+
+def test_a_memory_limit_splits_the_batch_and_says_so_in_one_line(
+    model: Path, work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import nextscale
+    from nextscale.sampling.memory_plan import needs
+
+    system = nextscale.load(str(model))
+    need = needs(system, system.plan, 2)
+    limit = need.weights + 2 * max(need.drawing, need.decoder) + 100
+    assert run(shlex.split(f"generate --model {model} --label 0 --count 5 --memory-limit {limit} --out a.png")) == 0
+    assert len(caplog.records) == 1 and "of 5 pictures are drawn at once" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, told", [("--memory-limit 1kB", "one picture takes"), ("--memory-limit lots", "give a size such as 6GB"),
+                      ("--memory-limit 0", "give a size"), ("--threads 0", "--threads")])
+def test_limits_that_cannot_be_are_one_line(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str], options: str, told: str
+) -> None:
+    assert run(shlex.split(f"generate --model {model} --label 0 {options} --out a.png")) == 2
+    error = capsys.readouterr().err
+    assert told in error and len(error.strip().splitlines()) == 1 and files_in(work) == []
+
+
+def test_threads_are_pinned(model: Path, work: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        assert run(shlex.split(f"generate --model {model} --label 0 --threads {before + 1} --out a.png")) == 0
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_animation_shows_every_step(model: Path, work: Path, suffix: str) -> None:
     assert run(shlex.split(f"generate --model {model} --label plant --count 5 --batch-size 2 --out a.{suffix}")) == 0

@@ -15,6 +15,7 @@ from PIL import Image
 from nextscale.data import pictures_out
 from nextscale.data.pictures_out import (
     check_writable,
+    folder_of,
     out_kind,
     read_settings,
     write_animation,
@@ -89,6 +90,41 @@ def test_class_names_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inner"]
     assert len(list(out.iterdir())) == 7
     assert read_settings(written[3]) == {"seed": 3}
+
+
+def test_files_are_the_same_bytes_in_batches_by_a_thread_as_one_after_the_other(tmp_path: Path) -> None:
+    pixels, titles = shades(7), [f"t{i}" for i in range(7)]
+    with folder_of(tmp_path / "batches") as folder:
+        for at in (slice(0, 3), slice(3, 6), slice(6, 7)):
+            folder.add(pixels[at], titles[at], [{"seed": i} for i in range(7)[at]])
+        folder.sheet(pixels, 3, SETTINGS)
+    for i, title in enumerate(titles):
+        write_png(Image.fromarray(pixels[i]), tmp_path / "plain" / f"{i:05d}-{title}.png", {"seed": i})
+    write_png(board(pixels, 3), tmp_path / "plain" / "sheet.png", SETTINGS)
+    assert leftovers(tmp_path / "batches") == leftovers(tmp_path / "plain")
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "batches" / path.name).read_bytes()
+
+
+def test_a_picture_that_its_thread_cannot_write_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match="No space left on device") as told:
+        with folder_of(tmp_path / "out") as folder:
+            monkeypatch.setattr(Image.Image, "save", full)
+            folder.add(shades(3), ["a", "b", "c"], [{}] * 3)
+    assert leftovers(tmp_path) == [] and ".out." not in str(told.value)
+
+
+def test_an_error_while_drawing_drops_what_waits_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with folder_of(tmp_path / "out") as folder:
+            folder.add(shades(3), ["a", "b", "c"], [{}] * 3)
+            raise KeyboardInterrupt
+    assert leftovers(tmp_path) == []
 
 
 def test_folder_keeps_files_of_other_names(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ class Hook:
         """How many of the plan's steps are walked; the canvas is decoded as it is after the last of them."""
         return len(plan)
 
+    def evaluation(self, generator: Any, run: Run, evaluate: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
+        """What a step's calls are evaluated with: ``evaluate`` runs the network and settles the rows that stay."""
+        return evaluate
+
     def inputs(self, run: Run, call: Call) -> Call:
         """The rows of a step before the network sees them."""
         return call

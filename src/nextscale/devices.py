@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 from nextscale import parallel
 from nextscale.errors import DeviceError
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device has left for this process: a GPU's with what torch holds in reserve, a machine's by what its
+    kernel says, within the limit of a container; None where nobody tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return free_on_machine(Path("/"))
+
+
+def free_on_machine(root: Path) -> int | None:
+    """Bytes that a Linux machine says are free, by the files below ``root``; None where there are none."""
+    found, groups = [], root / "sys/fs/cgroup"
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    for group, limit, used in ((groups, "memory.max", "memory.current"),
+                               (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # the word "max" where a container has no limit
+            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            # Files that the kernel keeps at hand count as used, but are given up for whoever asks.
+            kept = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+            found.append(int((group / limit).read_text()) - int((group / used).read_text()) + kept)
+    return max(0, min(found)) if found else None
 
 
 def choose_device(name: str) -> torch.device:

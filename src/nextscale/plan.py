@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -187,6 +187,15 @@ def grid_cells(step: Step) -> Tensor:
     """All cells of a step as (map, row, column), (maps * h * w, 3) int64."""
     h, w = step.grid
     return torch.cartesian_prod(torch.arange(step.maps), torch.arange(h), torch.arange(w)).reshape(-1, 3)
+
+
+@lru_cache(maxsize=64)
+def places(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cell (1, L, 3) and step (1, L) of a plan's rows on a device, copied there once: a copy from the host makes the
+    host wait. The same tensors every time: masks are known by their identity, and a compiled network would be compiled
+    again for others."""
+    with torch.inference_mode(False):  # else a first call under inference mode would spoil them for training
+        return plan.cells[None].to(device, copy=True), plan.step_of_row.to(device, copy=True)[None]
 
 
 def raster(cells: Tensor, grid: tuple[int, int]) -> Tensor:

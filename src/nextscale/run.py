@@ -15,7 +15,7 @@ from nextscale.canvas import Canvas
 from nextscale.errors import InputError
 from nextscale.layers.memory import Memory, Tags
 from nextscale.noise import Noise
-from nextscale.plan import Plan, Span, Visibility
+from nextscale.plan import Plan, Span, Visibility, places
 
 
 class Narrowing(Protocol):
@@ -206,8 +206,9 @@ class Run:
     def start(cls, plan: Plan, codec: Any, condition: Condition, branches: Sequence[str], noise: Noise,
               pictures: int, device: torch.device | str = "cpu", order: Tensor | None = None) -> Run:
         """A run at step 0 with an empty canvas and memory. order: other cells of the rows than the plan's own."""
-        cells = plan.cells[None] if order is None else order
-        return cls(plan, cells.to(device), Canvas.empty(plan, codec, pictures, device), Memory(plan.length), noise,
+        device = torch.device(device)
+        cells = places(plan, device)[0] if order is None else order.to(device)
+        return cls(plan, cells, Canvas.empty(plan, codec, pictures, device), Memory(plan.length), noise,
                    condition, tuple(branches))
 
     @property
@@ -236,7 +237,7 @@ class Run:
         A mask is needed where a call holds several steps, or memory holds steps that the visibility hides.
         """
         span = self.plan.span(first, last)
-        step_1L = self.plan.step_of_row[span].to(self.device)[None]
+        step_1L = places(self.plan, self.device)[1][:, span]
         previous = self.plan.visible.previous
         hidden = previous is not None and self.filled > 0 and first - previous > 0
         length = span.stop - span.start

@@ -57,6 +57,7 @@ def edit(
     device: options.Device = "auto",
     control: options.Control = None,
     control_kind: options.ControlKind = None,
+    threads: options.Threads = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,

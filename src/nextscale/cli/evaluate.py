@@ -92,6 +92,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 16,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nextscale.run import Run
+    from nextscale.sampling.generation import Generation
 
 #: What a sheet without --label shows, where the model knows these classes: one column each, one row a style.
 SHOWN_CLASSES = (
@@ -66,7 +68,9 @@ def generate(
     purpose: options.PurposeOption = options.Purpose.pictures,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
+    memory_limit: options.MemoryLimit = None,
     schedule: options.Grids = None,
     control: options.Control = None,
     control_kind: options.ControlKind = None,
@@ -93,6 +97,7 @@ def generate(
 
     kind = pictures_out.out_kind(out)
     pictures_out.check_writable(out, folder=kind == "folder")
+    limit = options.read_size(memory_limit, "--memory-limit")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
     options.check_control(control, control_kind, model, control_weights)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
@@ -107,42 +112,48 @@ def generate(
 
         frames.setdefault(step, []).append(convert(system.tokenizer.decode(run.canvas), "numpy"))
 
-    drawn = system.generate(
-        labels,
-        seed=seed,
-        seeds=given_seeds,
-        purpose=purpose.value,
-        batch_size=batch_size,
-        output="numpy",
-        callback=keep_preview if kind == "animation" else None,
-        schedule=grids,
-        hooks=hooks,
-        **steered,
-        **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
-        **options.own_settings(set_, system, purpose.value),
-    )
-    settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
-    if hook:
-        settings |= {"hooks": hook}
-    if control is not None:
-        settings |= {"control": control.name, "control_kind": control_kind}
-    about = options.provenance(model, settings, drawn.labels, drawn.seeds)
-    wide = min(columns or wide, len(labels))
-    if kind == "sheet":
-        pictures_out.write_png(board(drawn.images, wide), out, about)
-    elif kind == "npz":
-        pictures_out.write_npz(drawn.images, out, about)
-    elif kind == "animation":
-        import numpy as np
+    def about(drawn: Generation, labels: list[Any], seeds: list[int]) -> dict[str, Any]:
+        settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
+        if hook:
+            settings |= {"hooks": hook}
+        if control is not None:
+            settings |= {"control": control.name, "control_kind": control_kind}
+        return options.provenance(model, settings, labels, seeds)
 
-        previews = [enlarged(np.concatenate(parts), drawn.images.shape[1:3]) for parts in frames.values()]
-        pictures_out.write_animation(previews, out, wide, about)
-    else:
-        single = [
-            options.provenance(model, settings, [name], [number])
-            for name, number in zip(drawn.labels, drawn.seeds, strict=True)
-        ]
-        pictures_out.write_folder(drawn.images, out, [_title(name) for name in drawn.labels], single, about, wide)
+    def put_away(batch: Generation) -> None:
+        each = zip(batch.labels, batch.seeds, strict=True)
+        folder.add(batch.images, [_title(name) for name in batch.labels], [about(batch, [n], [s]) for n, s in each])
+
+    opened: AbstractContextManager[Any] = pictures_out.folder_of(out) if kind == "folder" else nullcontext()
+    with opened as folder:
+        drawn = system.generate(
+            labels,
+            seed=seed,
+            seeds=given_seeds,
+            purpose=purpose.value,
+            batch_size=batch_size,
+            memory_limit=limit,
+            on_batch=put_away if kind == "folder" else None,
+            output="numpy",
+            callback=keep_preview if kind == "animation" else None,
+            schedule=grids,
+            hooks=hooks,
+            **steered,
+            **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+            **options.own_settings(set_, system, purpose.value),
+        )
+        whole, wide = about(drawn, drawn.labels, drawn.seeds), min(columns or wide, len(labels))
+        if kind == "sheet":
+            pictures_out.write_png(board(drawn.images, wide), out, whole)
+        elif kind == "npz":
+            pictures_out.write_npz(drawn.images, out, whole)
+        elif kind == "animation":
+            import numpy as np
+
+            previews = [enlarged(np.concatenate(parts), drawn.images.shape[1:3]) for parts in frames.values()]
+            pictures_out.write_animation(previews, out, wide, whole)
+        else:
+            folder.sheet(drawn.images, wide, whole)
     typer.echo(f"{out}: {len(labels)} pictures in {drawn.seconds:.1f} s")
 
 

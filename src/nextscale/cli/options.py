@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -86,6 +87,35 @@ PrecisionOption = Annotated[
     typer.Option("--precision", help="bf16 is faster where the machine has it; int8 is bf16 with smaller weights."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+
+
+def _use_threads(count: int | None) -> int | None:
+    """Torch is imported for it only where it was given."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+    return count
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads of the processor that one operation may use.",
+        show_default="torch's",
+        callback=_use_threads,
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        help="Most memory to take, weights included, as in 6GB or 800MB; larger batches are split.",
+        show_default="what is free",
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option("--weights", help="Published transformer for a var-d model: a file, or owner/name/file of the hub."),
@@ -263,6 +293,17 @@ def read_control(path: Path | None, kind: str | None, system: Any) -> dict[str, 
     if kind not in config.kinds:
         raise InputError(f"--control-kind {kind}: this model takes {', '.join(config.kinds)}")
     return {"control": torch.from_numpy(make_controls(pixels, [kind]))}
+
+
+def read_size(text: str | None, name: str) -> int | None:
+    """Bytes of a size such as ``6GB``, ``800MB`` or a plain number. Raises InputError for others."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?)B?", text.strip())
+    count = float(found[1]) * 1000 ** " kMGT".index(found[2] or " ") if found else 0.0
+    if not 1 <= count < 1e18:
+        raise InputError(f"{name} is {text!r}; give a size such as 6GB, 800MB or a number of bytes")
+    return int(count)
 
 
 def read_numbers(text: str, name: str) -> list[int]:

@@ -23,6 +23,7 @@ def reconstruct(
     resize: options.Resize = False,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
 ) -> None:

@@ -56,6 +56,7 @@ def tokenize(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures encoded at a time.")] = 64,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that decode pictures.")] = 2,
     device: options.Device = "auto",
+    threads: options.Threads = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="Which the tokens are for, where that matters: himar.", show_default="any"),

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +153,59 @@ def write_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Pa
     return path
 
 
+class Folder:
+    """Single PNGs, numbered in the order in which they come and named by titles, and ``sheet.png``.
+
+    A thread of its own encodes them, so that the next pictures can be drawn meanwhile.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names: list[str] = []
+        self._thread = ThreadPoolExecutor(1, "pictures")
+        self._waiting: list[Future[Path]] = []
+
+    def add(self, pixels_NHWC: np.ndarray, titles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> None:
+        """More pictures, uint8 (N, H, W, 3), with a title and settings each; what a file name had better not hold
+        becomes a hyphen. Pictures must not be changed after."""
+        for pixels, title, about in zip(pixels_NHWC, titles, settings, strict=True):
+            number = len(self.names)
+            name = f"{number:05d}-{_plain(title)}.png" if title else f"{number:05d}.png"
+            self.names.append(name)
+            self._waiting.append(self._thread.submit(self._write, pixels, name, about))
+
+    def _write(self, pixels: np.ndarray, name: str, about: Mapping[str, Any]) -> Path:
+        return write_png(Image.fromarray(pixels), self.path / name, about)
+
+    def sheet(self, pixels_NHWC: np.ndarray, columns: int, settings: Mapping[str, Any]) -> None:
+        """All pictures on one sheet."""
+        write_png(board(pixels_NHWC, columns), self.path / "sheet.png", settings)
+
+    def close(self, wait: bool = True) -> None:
+        """Raises DataError where a picture could not be written; without ``wait`` those that haven't begun are left."""
+        self._thread.shutdown(cancel_futures=not wait)
+        if wait:
+            for written in self._waiting:
+                written.result()
+
+
+@contextmanager
+def folder_of(path: Path) -> Iterator[Folder]:
+    """A ``Folder`` whose files go to ``path`` together at the end, or not at all.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    with writing_folder(path) as temporary:
+        folder = Folder(temporary)
+        try:
+            yield folder
+        except BaseException:
+            folder.close(wait=False)
+            raise
+        folder.close()
+
+
 def write_folder(
     pixels_NHWC: np.ndarray,
     path: Path,
@@ -173,12 +227,10 @@ def write_folder(
     Raises:
         DataError: the folder cannot be written.
     """
-    names = [f"{i:05d}-{_plain(title)}.png" if title else f"{i:05d}.png" for i, title in enumerate(titles)]
-    with writing_folder(path) as temporary:
-        for pixels, name, about in zip(pixels_NHWC, names, settings, strict=True):
-            write_png(Image.fromarray(pixels), temporary / name, about)
-        write_png(board(pixels_NHWC, columns), temporary / "sheet.png", sheet_settings)
-    return [path / name for name in names]
+    with folder_of(path) as folder:
+        folder.add(pixels_NHWC, titles, settings)
+        folder.sheet(pixels_NHWC, columns, sheet_settings)
+    return [path / name for name in folder.names]
 
 
 def _plain(title: str) -> str:

@@ -118,6 +118,7 @@ class TwoStacks(nn.Module):
     """
 
     checkpointing = False
+    live_widths = 22  # as in VARGenerator; the flow's head works on rows of its own
     grid_K2: Tensor
     row_of_KG: Tensor
 
@@ -144,6 +145,15 @@ class TwoStacks(nn.Module):
     def remembered(self) -> tuple[str, ...]:
         """Where the keys and values that stay in memory lie, layer by layer."""
         return tuple(f"{self.name}.{i}.kv" for i in range(len(self.first) + len(self.second)))
+
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        """What a run's memory is given for one picture: keys and values of every row of the plan."""
+        blocks = len(self.first) + len(self.second)
+        return 2 * blocks * self.config.width * plan.length * branches * next(self.parameters()).element_size()
+
+    def rows_at_once(self, plan: Plan) -> int:
+        """Rows of a run's largest call, a branch and picture."""
+        return max(step.rows for step in plan)
 
     def check_plan(self, plan: Plan) -> None:
         """Raises InputError for a plan that the positions are not for."""

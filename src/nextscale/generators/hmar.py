@@ -46,6 +46,9 @@ class HMARGenerator(VARGenerator):
         """Nowhere: no key or value stays in memory."""
         return ()
 
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        return 0
+
     def call(self, run: Run) -> Call:
         """The next step's rows alone: earlier ones are hidden anyway, so none is kept."""
         first = run.cursor

@@ -54,6 +54,13 @@ class MVARGenerator(VARGenerator):
     however many scales there were."""
 
     block = MVARBlock
+    live_widths = 72  # the scan works in float32 on twice the width
+
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        """The scans' states and the last inputs of their convolutions, in float32."""
+        layers = [module for module in self.modules() if isinstance(module, Mamba2)]
+        return 4 * branches * sum(layer.inner * layer.state_width + layer.convolution.weight.shape[0]
+                                  * (layer.convolution.weight.shape[2] - 1) for layer in layers)
 
     @property
     def remembered(self) -> tuple[str, ...]:

@@ -109,6 +109,7 @@ class MARGenerator(nn.Module):
 
     checkpointing = False
     block: type[Block] = Block
+    live_widths = 20  # as in VARGenerator; the denoising head works on rows of its own
 
     def __init__(self, config: MARGeneratorConfig, grid: tuple[int, int], token_width: int, name: str = "base"):
         super().__init__()
@@ -129,6 +130,13 @@ class MARGenerator(nn.Module):
     def compile(self, *args: Any, **options: Any) -> None:
         """``torch.nn.Module.compile`` for any number of rows: how many tokens are known changes with every call."""
         super().compile(*args, **{**options, "dynamic": True})
+
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        return 0
+
+    def rows_at_once(self, plan: Plan) -> int:
+        """Rows of every call, a branch and picture."""
+        return self.config.buffer + self.cells
 
     def check_plan(self, plan: Plan) -> None:
         """Raises InputError for a plan that isn't of the model's grid, or doesn't draw each of its cells once."""

@@ -39,6 +39,12 @@ class SRDDGenerator(VARGenerator):
         """Nowhere: no key or value stays in memory."""
         return ()
 
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        return 0
+
+    def rows_at_once(self, plan: Plan) -> int:
+        return max(plan.starts[k + 1] - plan.starts[max(0, k - self.config.window)] for k in range(len(plan)))
+
     def call(self, run: Run) -> Call:
         return self.call_from(run, max(0, run.cursor - self.config.window), keep=0)
 

@@ -14,7 +14,7 @@ from nextscale.layers.adaln import Modulation, modulated_norm
 from nextscale.layers.attention import unit_heads
 from nextscale.layers.linear import Linear
 from nextscale.layers.mlp import MLP, drop_path
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import Call, Rows, Run
 
 Product = tuple[int, int, int, int, int, float]
@@ -125,6 +125,9 @@ class VARGenerator(nn.Module):
     checkpointing = False
     block: type[Block] = Block
 
+    # What a row of a call holds at most while a block works on it, as a multiple of the width (counted).
+    live_widths = 13
+
     def __init__(self, config: VARGeneratorConfig, plan: Plan, latent_width: int, name: str = "base"):
         super().__init__()
         self.config, self.plan, self.name = config, plan, name
@@ -148,7 +151,7 @@ class VARGenerator(nn.Module):
     def positions(self, plan: Plan, first: int, last: int) -> Tensor:
         """Learned position and level of the rows of some steps, (1, L, C)."""
         span = plan.span(first, last)
-        return self.position[:, span] + self.level(plan.step_of_row[span].to(self.position.device))
+        return self.position[:, span] + self.level(places(plan, self.position.device)[1][:, span])
 
     def check_plan(self, plan: Plan) -> None:
         """Raises InputError for a plan that the positions are not for."""
@@ -208,6 +211,15 @@ class VARGenerator(nn.Module):
         scale, shift = ctx.once(f"{self.name}.head_modulation",
                                 lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
         return modulated_norm(x, scale, shift)
+
+    def memory_bytes(self, plan: Plan, branches: int) -> int:
+        """What a run's memory is given for one picture: keys and values of every row of the plan."""
+        values = 2 * self.config.depth * self.config.width * plan.length * branches
+        return values * next(self.parameters()).element_size()
+
+    def rows_at_once(self, plan: Plan) -> int:
+        """Rows of a run's largest call, a branch and picture."""
+        return max(step.rows for step in plan)
 
     def products(self, plan: Plan, pictures: int) -> list[Product]:
         """The matrix products of a training pass over a plan; attention's by what the visibility shows."""

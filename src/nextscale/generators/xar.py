@@ -62,6 +62,10 @@ class XARGenerator(TwoStacks):
         super().__init__(config, plan, latent_width, name, TimedBlock)
         self.time = TimeEmbedding(config.width)
 
+    def rows_at_once(self, plan: Plan) -> int:
+        """Those of a step's first call: its entity's, and the one's before."""
+        return max(plan.starts[k + 1] - plan.starts[max(0, k - 1)] for k in range(len(plan)))
+
     def condition(self, cond_RC: Tensor, time_RS: Tensor, first: int) -> StepConditions:
         """What the steps from ``first`` on are conditioned on: the picture's condition plus their time's embedding."""
         embedded = self.time(thousandths(time_RS).flatten()).unflatten(0, time_RS.shape)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.objectives.teacher_forcing import masked_context, places
+from nextscale.objectives.teacher_forcing import masked_context
 from nextscale.parallel import randn_pictures
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import Call, Rows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import Call, Rows
 
 
@@ -22,14 +22,6 @@ def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | No
     cond = cond_RD.to(generator.word.weight.dtype)
     rows = Rows(cell_1L3, step_1L, plan.spans(0, len(plan)), plan.length, plan.visible, masked=len(plan) > 1, cond=cond)
     return Call(generator.embed(plan, reads, cond, 0, len(plan)), rows, slice(0, plan.length), reads)
-
-
-@lru_cache(maxsize=64)
-def places(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cell (1, L, 3) and step (1, L) of a plan's rows. The same tensors every time: masks are known by their identity,
-    and a compiled network would be compiled again for others."""
-    with torch.inference_mode(False):  # else a first call under inference mode would spoil them for training
-        return plan.cells[None].to(device, copy=True), plan.step_of_row.to(device, copy=True)[None]
 
 
 @lru_cache(maxsize=64)

@@ -58,7 +58,9 @@ class TopP:
     def __call__(self, logits: Tensor, at: At) -> Tensor:
         if self.p == 1:
             return logits
-        alive = int((logits > -torch.inf).sum(-1).max()) if logits.device.type == "cpu" else logits.shape[-1]
+        # A processor looks first how many are left to sort; a GPU would be made to wait for the answer.
+        look = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        alive = int((logits > -torch.inf).sum(-1).max()) if look else logits.shape[-1]
         best, index = logits.topk(alive, dim=-1)
         rising = best.flip(-1).softmax(-1).cumsum(-1)
         drop = (rising <= 1 - self.p).flip(-1)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from nextscale.context import Hook, overrides
 from nextscale.data.images import to_pil
 from nextscale.errors import InputError, did_you_mean
+from nextscale.plan import places
 from nextscale.run import At, Run
 
 if TYPE_CHECKING:
@@ -82,6 +84,46 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One picture that is wanted: label and seed; its size in pixels (height, width), or its schedule, else the model's
+    own. Raises InputError where both are given."""
+
+    label: Any = None
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    schedule: Sequence[tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.schedule is not None:
+            raise InputError(f"request: both size {self.size} and a schedule are given; give one")
+
+
+def check_requests(hooks: Sequence[Hook]) -> None:
+    """Raises InputError for a hook that holds something a picture: requests are drawn in an order of their own."""
+    for hook in hooks:
+        if overrides(hook, "part"):
+            raise InputError(f"requests: {type(hook).__name__} was made for pictures in their order; use `generate`")
+
+
+def apart(drawn: Generation) -> list[Generation]:
+    """A generation picture by picture."""
+    return [Generation(drawn.images[i:i + 1], [tokens[i:i + 1] for tokens in drawn.tokens],
+                       None if drawn.log_prob is None else drawn.log_prob[i:i + 1], [seed], [label], drawn.settings,
+                       drawn.seconds / len(drawn.seeds), drawn.stopped, drawn.extra)
+            for i, (seed, label) in enumerate(zip(drawn.seeds, drawn.labels, strict=True))]
+
+
+def joined(parts: Sequence[Generation], kind: OutputKind, seconds: float) -> Generation:
+    """Several batches as one. One that was stopped has fewer steps than those before it: tokens are those of the steps
+    that all have."""
+    log_probs = [part.log_prob for part in parts if part.log_prob is not None]
+    return Generation(join_images([part.images for part in parts], kind),
+                      [torch.cat(step) for step in zip(*(part.tokens for part in parts), strict=False)],
+                      torch.cat(log_probs) if log_probs else None, [seed for part in parts for seed in part.seeds],
+                      [label for part in parts for label in part.labels], parts[0].settings, seconds, parts[-1].stopped)
+
+
+@dataclass(frozen=True)
 class Preview:
     """What a stream yields after every step: pictures so far, and the run itself."""
 
@@ -122,7 +164,7 @@ def smooth_codes(codebook_VC: Tensor) -> Callable[[Tensor, At, Run], Tensor]:
     """
     def soft(logits: Tensor, at: At, run: Run) -> Tensor:
         span = run.plan.span(at.step, at.step + 1)
-        step_1L = run.plan.step_of_row[span].to(logits.device)[None]
+        step_1L = places(run.plan, logits.device)[1][:, span]
         u = run.noise.uniform("gumbel", step_1L, 0, run.order[:, span], width=logits.shape[-1])
         tau = max(0.27 * (1 - 0.95 * at.progress), 0.005)
         gumbel = -torch.log(-torch.log(u))

@@ -66,7 +66,10 @@ def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
         run.settle(call.rows)
         return hidden
 
-    return evaluate
+    found: Callable[[Call], Tensor] = evaluate
+    for hook in hooks:
+        found = hook.evaluation(generator, run, found)
+    return found
 
 
 def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook]) -> tuple[Guidance, Sequence[Filter]]:

@@ -1,6 +1,7 @@
 """What class-conditional systems share: labels, settings, generate, stream, edit, score and the training loss."""
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from nextscale.acceleration.litevar import quantise
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassCondition, ClassTable
 from nextscale.context import Hook
+from nextscale.devices import free_memory
 from nextscale.errors import InputError, did_you_mean
 from nextscale.heads.categorical import Filter
 from nextscale.hub import NameMap
@@ -31,15 +33,20 @@ from nextscale.sampling.generation import (
     OutputKind,
     Preview,
     Progress,
+    Request,
     Settings,
+    apart,
     check_output,
+    check_requests,
     chunks,
     convert,
     join_images,
+    joined,
     picture_seeds,
     smooth_codes,
 )
 from nextscale.sampling.guidance import Guidance, make_guidance
+from nextscale.sampling.memory_plan import Batches, needs, plan_batches
 from nextscale.sampling.score import LogProb, score
 from nextscale.sampling.steps import sample_steps, walked
 from nextscale.tokenizers import pyramid
@@ -308,28 +315,32 @@ class ClassConditionalSystem(nn.Module):
     def generate(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
                  seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
                  hooks: Sequence[Hook] = (), callback: Callable[[int, Run], bool | None] | None = None,
-                 batch_size: int = 16, progress: bool | None = None, output: OutputKind = "pil",
-                 schedule: Schedule | None = None, **settings: Any) -> Generation:
+                 batch_size: int = 16, memory_limit: int | None = None,
+                 on_batch: Callable[[Generation], None] | None = None, progress: bool | None = None,
+                 output: OutputKind = "pil", schedule: Schedule | None = None, **settings: Any) -> Generation:
         """Draw pictures.
 
         labels: one label for ``count`` pictures, or one a picture: class index, name, None, or a tuple where the model
         has several kinds of label. seed: picture i gets ``seed + i``, whatever the batch size; or give ``seeds``.
         purpose: which published settings to start from, ``settings`` (see ``Settings``) change them. guidance: an
         object of your own instead of the settings'. hooks: see ``nextscale.context.Hook``. callback: called with
-        (step, run) after every step; True stops. progress: None shows it on terminals. output: pil, numpy, torch.
-        schedule: other grids than the trained ones, where the system can follow them (see ``plan_of``).
+        (step, run) after every step; True stops. batch_size: pictures drawn at once, fewer where ``memory_limit`` (in
+        bytes, weights included) or what the device has left says so; the log tells. on_batch: called with every batch
+        as it is done. progress: None shows it on terminals. output: pil, numpy, torch. schedule: other grids than the
+        trained ones, where the system can follow them (see ``plan_of``).
 
-        Raises InputError on unknown labels, settings or counts that don't match.
+        Raises InputError on unknown labels, settings or counts that don't match, and on a limit that is too low.
         """
         check_output(output)
         rows = self.label_rows(labels, count)
         used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
-        plan = self.plan_for(used, schedule)
+        plan, guidance = self.plan_for(used, schedule), guidance or self.guidance(used)
+        sizes = self.batches(min(batch_size, len(rows)), plan, guidance, memory_limit)
         began, parts, stopped = time.perf_counter(), [], False
-        pieces = list(chunks(len(rows), batch_size))
+        pieces = list(chunks(len(rows), sizes.drawn))
         with Progress(len(pieces) * walked(plan, hooks), "drawing", progress) as bar:
             for piece in pieces:
-                run = None
+                start, run = time.perf_counter(), None
                 for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
                                        guidance, [hook.part(piece) for hook in hooks], plan):
                     bar.advance()
@@ -337,15 +348,69 @@ class ClassConditionalSystem(nn.Module):
                         stopped = True
                         break
                 assert run is not None
-                parts.append((convert(self.tokenizer.decode(run.canvas), output), run))
+                log_prob = torch.cat(run.log_probs, 1).sum(1) if self.likelihood else None
+                tokens, canvas = list(self.tokens_of(run)), run.canvas
+                del run  # and with it all that it remembers, before the decoder wants its room
+                images = join_images([convert(self.tokenizer.decode(canvas.map()[at], sizes.strips), output)
+                                      for at in chunks(len(canvas.value), sizes.decoded)], output)
+                parts.append(Generation(images, tokens, log_prob, all_seeds[piece],
+                                        [self.label_names(row) for row in rows[piece]], used,
+                                        time.perf_counter() - start, stopped))
+                if on_batch is not None:
+                    on_batch(parts[-1])
                 if stopped:
                     break
-        drawn = sum(run.pictures for _, run in parts)
-        # A stopped batch has fewer steps than the batches before it: tokens are those of the steps that all have.
-        tokens = [torch.cat(step) for step in zip(*(self.tokens_of(run) for _, run in parts), strict=False)]
-        log_prob = torch.cat([torch.cat(run.log_probs, 1).sum(1) for _, run in parts]) if self.likelihood else None
-        return Generation(join_images([images for images, _ in parts], output), tokens, log_prob, all_seeds[:drawn],
-                          [self.label_names(row) for row in rows[:drawn]], used, time.perf_counter() - began, stopped)
+        return joined(parts, output, time.perf_counter() - began)
+
+    def batches(self, asked: int, plan: Plan, guidance: Guidance, limit: int | None = None) -> Batches:
+        """How many pictures are drawn and decoded at once where ``asked`` are wanted; one line of the log says so where
+        they are fewer. limit: bytes, weights included; None: what the device has left."""
+        if asked < 1:
+            raise InputError(f"batch_size is {asked}; it must be at least 1")
+        if limit is None and not hasattr(self.generator, "memory_bytes"):  # another package's, that doesn't tell
+            return Batches(asked, asked)
+        need = needs(self, plan, len(guidance.branches))
+        found = plan_batches(asked, need, limit, free_memory(self.device) if limit is None else None)
+        if found.note is not None:
+            logging.getLogger("nextscale").warning(found.note)
+        return found
+
+    def generate_requests(self, requests: Sequence[Request], *, purpose: str = "pictures",
+                          guidance: Guidance | None = None, hooks: Sequence[Hook] = (), output: OutputKind = "pil",
+                          batch_size: int = 16, memory_limit: int | None = None, progress: bool | None = None,
+                          **settings: Any) -> list[Generation]:
+        """Draw what each request asks for, one picture each, in the order of the requests.
+
+        Requests of one schedule are a bucket and are drawn together, whatever stands between them; a picture hangs on
+        its own request alone. Other arguments: as ``generate``'s. Raises InputError where the system can't draw a size
+        or schedule, and for a hook that holds something a picture, before anything is drawn.
+        """
+        check_output(output)
+        check_requests(hooks)
+        used, buckets = self.settings_for(purpose, settings), dict[Plan, list[int]]()
+        for i, request in enumerate(requests):
+            self.label_rows([request.label])
+            schedule = request.schedule if request.size is None else self.schedule_for(request.size)
+            buckets.setdefault(self.plan_for(used, schedule), []).append(i)
+        found: dict[int, Generation] = {}
+        for plan, members in buckets.items():
+            own = plan == self.plan_for(used)
+            drawn = self.generate([requests[i].label for i in members], seeds=[requests[i].seed for i in members],
+                                  purpose=purpose, guidance=guidance, hooks=hooks, output=output,
+                                  batch_size=batch_size, memory_limit=memory_limit, progress=progress,
+                                  schedule=None if own else list(plan.grids), **settings)
+            found.update(zip(members, apart(drawn), strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def schedule_for(self, size: tuple[int, int]) -> Schedule | None:
+        """The schedule that draws pictures of a height and width in pixels; None is the model's own.
+
+        Raises InputError for sizes that the system can't draw.
+        """
+        if size == self.tokenizer.picture_size:
+            return None
+        h, w = self.tokenizer.picture_size
+        raise InputError(f"{type(self).__name__} draws {h}x{w} pixels only, not {size[0]}x{size[1]}")
 
     @torch.no_grad()
     def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,

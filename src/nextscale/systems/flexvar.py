@@ -136,6 +136,19 @@ class FlexVAR(ClassConditionalSystem):
         self.generator.check_plan(plan)
         return plan
 
+    def schedule_for(self, size: tuple[int, int]) -> Schedule | None:
+        """The model's own scales stretched to a size, the first of them one cell; the published ones at 32x32 cells."""
+        factor = self.config.tokenizer.autoencoder.factor
+        if size[0] % factor or size[1] % factor or min(size) < factor:
+            raise InputError(f"size {size[0]}x{size[1]}: both must be multiples of {factor} pixels")
+        grid = size[0] // factor, size[1] // factor
+        if grid == self.plan.grid:
+            return None
+        if grid == (32, 32):
+            return [(side, side) for side in STEPS_512]
+        first = self.plan.steps[0].grid
+        return [first, *(one for one in dict.fromkeys(self.plan.stretched(grid).grids[1:]) if one != first)]
+
     def guidance(self, used: FlexVARSettings) -> Guidance:
         if used.guidance_scale == 1 or used.guidance_schedule != "ramp":
             return super().guidance(used)

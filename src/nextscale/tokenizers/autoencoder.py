@@ -6,6 +6,7 @@ between levels, attention only at the coarsest level. A picture of side S become
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,9 +93,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(_silu(self.norm_in(x)))
-        h = self.conv_out(_silu(self.norm_out(h)))
-        return self.shortcut(x) + h
+        # In one expression, and the shortcut last: so no map is kept that the next convolution doesn't read.
+        return self.conv_out(_silu(self.norm_out(self.conv_in(_silu(self.norm_in(x)))))) + self.shortcut(x)
 
 
 class SelfAttention2d(nn.Module):
@@ -146,11 +146,25 @@ class Level(nn.Module):
         self.change = change
 
     def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts():
+            x = part(x)
+        return x
+
+    def parts(self) -> Iterator[nn.Module]:
+        """What a map goes through, one after the other. Who walks them holds one map; who calls the level holds its
+        input to the end."""
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            yield block
             if self.attentions is not None:
-                x = self.attentions[i](x)
-        return x if self.change is None else self.change(x)
+                yield self.attentions[i]
+        if self.change is not None:
+            yield self.change
+
+
+def _parts(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for level in levels:
+        assert isinstance(level, Level)
+        yield from level.parts()
 
 
 class Middle(nn.Module):
@@ -185,8 +199,8 @@ class Encoder(nn.Module):
 
     def forward(self, picture: Tensor) -> Tensor:
         x = self.input(picture.contiguous(memory_format=torch.channels_last))
-        for level in self.levels:
-            x = level(x)
+        for part in _parts(self.levels):
+            x = part(x)
         return self.output(_silu(self.norm(self.middle(x))))
 
 
@@ -209,6 +223,6 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         x = self.middle(self.input(latent.contiguous(memory_format=torch.channels_last)))
-        for level in reversed(self.levels):
-            x = level(x)
+        for part in _parts(reversed(self.levels)):
+            x = part(x)
         return self.output(_silu(self.norm(x)))

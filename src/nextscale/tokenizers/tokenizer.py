@@ -16,6 +16,7 @@ from nextscale.tokenizers import gaussian, pyramid
 from nextscale.tokenizers.autoencoder import Decoder, Encoder
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.quantiser import Quantiser
+from nextscale.tokenizers.strips import decode_in_strips
 
 QUANTISERS = {
     "vq": "nextscale.tokenizers.multiscale_vq:MultiScaleQuantiser",
@@ -126,13 +127,17 @@ class Tokenizer(nn.Module):
         canvas = Canvas.empty(plan, self.quantiser, picture.shape[0], latent.device)
         return pyramid.encode(latent, canvas, lambda k, z: self.quantiser.quantise(z), corrupt, order=order)
 
-    def decode(self, canvas: Canvas | Tensor) -> Tensor:
-        """Picture (B, 3, S, S') in [-1, 1] of a canvas (its last map) or a latent; a partial canvas gives a preview."""
+    def decode(self, canvas: Canvas | Tensor, strips: int | None = None) -> Tensor:
+        """Picture (B, 3, S, S') in [-1, 1] of a canvas (its last map) or a latent; a partial canvas gives a preview.
+
+        strips: without gradients, in strips of so many rows, see ``decode_in_strips``; None for whole maps."""
         latent = canvas.map(-1) if isinstance(canvas, Canvas) else canvas
         dtype = self.decoder.output.weight.dtype
         if self.config.continuous:
             latent = self.quantiser.unscaled(latent)
-        return self.decoder(self.from_latent(latent.to(dtype))).float().clamp(-1, 1)
+        features = self.from_latent(latent.to(dtype))
+        found = self.decoder(features) if strips is None else decode_in_strips(self.decoder, features, strips)
+        return found.float().clamp(-1, 1)
 
     def decode_tokens(self, tokens: list[Tensor], plan: Plan | None = None, order: Tensor | None = None) -> Tensor:
         """Picture of the tokens of every scale; fewer scales than the plan has give a coarse preview."""
