@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import GUIDANCE, HOOKS, SEEDS, Case, model
-from doubles import PrunedResiduals, jacobi
+from doubles import jacobi
 from test_doubles import ONE_ROW_STEPS, sequential
 from torch import Tensor
 
+from nextscale.acceleration.fastvar import FastVAR
 from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.run import Call, Rows, Run
@@ -39,7 +40,7 @@ def test_what_needs_memory_refuses_a_pass_without(name: str) -> None:
 def test_two_prunings_are_refused() -> None:
     case = Case()
     with pytest.raises(InputError, match="selected already"):
-        case.go(case.start(), hooks=[PrunedResiduals(0.5), PrunedResiduals(0.5)])
+        case.go(case.start(), hooks=[FastVAR(0.5), FastVAR(0.4)])
 
 
 def test_two_policies_of_one_memory_are_refused() -> None:
