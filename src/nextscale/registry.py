@@ -86,6 +86,7 @@ _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
 _HOOKS: dict[str, str] = {
+    "fastvar": "nextscale.acceleration.fastvar:FastVAR",
     "hack": "nextscale.acceleration.hack:HACK",
     "litevar": "nextscale.acceleration.litevar:LiteVAR",
     "pyramidkv": "nextscale.acceleration.cache_baselines:PyramidKV",
