@@ -118,7 +118,7 @@ def test_a_cache_of_the_true_output_restores_every_row(ratio: float, maps: int) 
 
     step = plan.step_of_row[None]
     rows = Rows(plan.cells[None], step, plan.spans(0, 2), plan.length, plan.visible, masked=True)
-    for at, part in rows.by_step():
+    for _, part in rows.by_step():
         out = ctx.residual("base.0", "mlp", x, f, part)
         torch.testing.assert_close(out, x + x.sin())
     assert seen == [12 * maps, kept_rows(12 * maps, ratio)]

@@ -93,6 +93,7 @@ _HOOKS: dict[str, str] = {
     "scalekv": "nextscale.acceleration.scalekv:ScaleKV",
     "sliding-window": "nextscale.acceleration.cache_baselines:SlidingWindow",
     "snapkv": "nextscale.acceleration.cache_baselines:SnapKV",
+    "var_limits": "nextscale.acceleration.var_limits:LowRankAttention",
 }
 
 # Method -> "module:class" of its calibration, a dataclass of settings with ``run(system, labels, count, **options)``

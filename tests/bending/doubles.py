@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
-from nextscale.errors import InputError
 from nextscale.heads.categorical import CategoricalHead, Evaluate, Filter, Guidance
 from nextscale.run import At, Call, Rows, Run, Sample
 from nextscale.sampling.steps import Model, evaluator

@@ -2,8 +2,8 @@
 
 With x (L, C) the residual stream that a sub-layer f is given at a pruned step, before its norm, and r the step's ratio:
 
-    s_i = sum_c (x_ic - mean_j x_jc)^2;  I = the L - int(L r) rows with the largest s          (pivotal token selection)
-    y = f(x_I);  Y = resize(what f added at the cached step, area);  Y_I = y;  x <- x + Y      (cached token restoration)
+    s_i = sum_c (x_ic - mean_j x_jc)^2;  I = the L - int(L r) rows with the largest s        (pivotal token selection)
+    y = f(x_I);  Y = resize(what f added at the cached step, area);  Y_I = y;  x <- x + Y    (cached token restoration)
 
 f is a residual branch with its norm and its gate; the cached step is the last one that runs in full. Every branch of
 every picture selects by itself, and every sub-layer anew. Keys and values of the selected rows alone enter memory. A
@@ -224,6 +224,11 @@ class FastVAR(Hook):
             return None
         return int(number)
 
+    @property
+    def _restores(self) -> bool:
+        """Whether anything is to be put in the place of pruned rows."""
+        return self.restore == "cached" and any(0 < ratio < 1 for ratio in self.ratios)
+
     def _prunes(self, plan: Plan, step: int) -> bool:
         rows = plan.steps[step].rows
         return kept_rows(rows, self.ratio_at(plan, step)) < rows
@@ -233,7 +238,7 @@ class FastVAR(Hook):
         """A sub-layer on all rows; at the cached step what it adds is remembered."""
         out, cached = inner(x, rows), self.cached_step(plan)
         for span in rows.spans or ():
-            if span.step == cached and any(self.ratios):
+            if span.step == cached and self._restores:
                 delta, at = (out - x)[:, span.lo:span.hi], plan.steps[cached]
                 memory.state[f"fastvar.{address}.{kind}"] = to_map(delta, at.maps, at.grid)
         return out
@@ -247,7 +252,7 @@ class FastVAR(Hook):
             raise InputError("fastvar: the step's rows were selected already; use one pruning hook a run")
         if keep == 0:
             raise InputError(f"fastvar: step {step} has ratio 1 and is left out; end the run in front of it")
-        if name not in memory.state:
+        if self._restores and name not in memory.state:
             raise InputError(f"fastvar: nothing is remembered of step {self.cached_step(plan)}; the hook must be there "
                              "from that step on")
         if self.score == "pivotal":
@@ -256,7 +261,7 @@ class FastVAR(Hook):
             index = largest(memory.state[f"fastvar.random.{step}"] * (4 * block + 2 * (kind != "attention") + 1) % 1,
                             keep)
         wide = index[..., None].expand(-1, -1, x.shape[-1])
-        restored = x + upsampled(memory.state[name], at.maps, at.grid) if self.restore == "cached" else x
+        restored = x + upsampled(memory.state[name], at.maps, at.grid) if self._restores else x
         return restored.scatter(1, wide, inner(x.gather(1, wide), rows.select(index)))
 
 
