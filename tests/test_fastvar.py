@@ -194,6 +194,13 @@ def test_systems_carry_it_and_are_themselves_where_nothing_is_pruned(name: str) 
     assert len(drawn(system, FastVAR((0.5, 1.0), (0, 0)), **options)) == len(base) - 1
 
 
+def test_it_works_in_bfloat16() -> None:
+    system = tiny_var(RECTANGLES).to_precision("bf16")
+    pruned, base = drawn(system, FastVAR((0.5, 0.5))), drawn(system, None)
+    assert all(torch.equal(a, b) for a, b in zip(pruned[:3], base[:3], strict=True))
+    assert not torch.equal(pruned[-1], base[-1])
+
+
 def test_other_rows_and_nothing_restored_draw_other_pictures() -> None:
     system = tiny_var(RECTANGLES)
     found = [drawn(system, FastVAR((0.5, 0.5), score=score, restore=restore))[-1]
