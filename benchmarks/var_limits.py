@@ -129,7 +129,7 @@ def trained(shipped: VAR, s: float, steps: int, tokens: list[Tensor], labels: Te
         with torch.no_grad():
             for scale in scales:
                 scale.clamp_(max=math.log(s))  # type: ignore[operator]
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return system.eval(), sum(losses[-20:]) / len(losses[-20:])
 
 

@@ -135,7 +135,8 @@ def test_bounds_come_from_the_weights_and_measured_logits_stay_below_them() -> N
     assert [one.degree for one in cool] == [2] * 4 and [one.keys for one in cool] == [1, 5, 14, 30]
     assert [one.approximate for one in cool] == [False] * 4  # 45 features
     for one in measured:
-        assert one.error == relative_error(one.logit, one.degree) <= 0.05 and one.rank == rank(8, one.degree)
+        assert one.error == pytest.approx(relative_error(one.logit, one.degree)) and one.error <= 0.05
+        assert one.rank == rank(8, one.degree) and one.lost == 0
     assert "base.0.kv head 2: at most 0.20" in table(measured, system.plan)
 
 
@@ -153,12 +154,26 @@ def test_heads_with_fewer_features_than_keys_are_told() -> None:
 
 def test_logits_without_unit_lengths_are_measured_alone_and_hidden_steps_are_not_looked_at() -> None:
     system = tiny_var(l2_attention=False)
-    with pytest.raises(InputError, match="give pictures"):
+    with pytest.raises(InputError, match="measured on pictures"):
         limits(system)
     found = limits(system, emoji(2), [0, 1])
     assert all(one.bound == math.inf and 0 < one.logit < math.inf for one in found)
     own = limits(test_m_var.tiny(), emoji(2), [0, 1])
     assert [one.keys for one in own[:4]] == [1, 4, 9, 16]
+
+
+def test_projected_heads_lose_what_is_told_and_all_directions_lose_nothing() -> None:
+    system, pictures = narrow(0.5), emoji(4)
+    whole, all_of_it, few = (limits(system, pictures, [0, 1, 2, 3], directions=m) for m in (None, 8, 3))
+    for one, same, projected in zip(whole, all_of_it, few, strict=True):
+        assert same.logit == pytest.approx(one.logit, rel=1e-4) and same.lost < 1e-5 and same.rank == one.rank
+        assert projected.rank == rank(3, projected.degree) < one.rank
+        assert projected.logit + projected.lost >= one.logit * (1 - 1e-4)
+        assert projected.error >= math.exp(projected.lost) - 1
+        assert not (projected.approximate and projected.error > 0.011)
+    assert max(one.lost for one in few) > 0.01
+    with pytest.raises(InputError, match="measured on pictures"):
+        limits(system, directions=3)
 
 
 # As a hook

@@ -178,9 +178,10 @@ class HeadLimits:
 
     bound: what its logits can't exceed, from the weights, infinite where these don't say; logit: the largest |q . k|
     that was measured among what the step's rows see, NaN without pictures; entry: the largest |entry| of q, k and v,
-    the paper's R, the softmax's scale being shared by q and k; degree, rank, error: the smallest even degree for the
-    wanted error, phi's entries, the error it has; keys: rows that the step sees. The logit decides, or the bound where
-    nothing was measured.
+    the paper's R, the softmax's scale being shared by q and k; lost: the largest part of a logit that projecting to
+    fewer directions takes away, 0 without; degree, rank, error: the smallest even degree for the wanted error of a
+    weight, phi's entries, the error with what is lost; keys: rows that the step sees; approximate: fewer features than
+    keys, and no more than the wanted error. The logit decides, or the bound where nothing was measured.
     """
 
     address: str
@@ -189,85 +190,86 @@ class HeadLimits:
     bound: float
     logit: float
     entry: float
+    lost: float
     degree: int
     rank: int
     error: float
     keys: int
-
-    @property
-    def approximate(self) -> bool:
-        """Whether low-rank attention takes fewer multiplications here: fewer features than keys."""
-        return self.rank < self.keys
+    approximate: bool
 
 
-@dataclass(frozen=True)
-class _Seen:
-    logit: Tensor  # (H, K)
-    entry: Tensor  # (H, K)
-    width: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Measure(Hook):
-    """Largest logits and entries of every attention, head and step, over all calls."""
+    """Of every attention, head and step, over all calls: the largest logit, entry and loss to a projection (H, K);
+    and the sum over rows of q q^T + k k^T, (H, E, E). directions (H, E, m): what is projected to, by address."""
 
     steps_seen: int
-    found: dict[str, _Seen] = field(default_factory=dict)
+    directions: dict[str, Tensor] = field(default_factory=dict)
+    most: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    gram: dict[str, Tensor] = field(default_factory=dict)
 
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Attend) -> Tensor:
         if k is None or v is None or rows.spans is None:
             raise InputError(f"var_limits: attention at {address} isn't over the rows of whole steps")
-        heads, scale = q.shape[1], ctx.scale(address)
-        if address not in self.found:
-            self.found[address] = _Seen(torch.zeros(heads, self.steps_seen), torch.zeros(heads, self.steps_seen),
-                                        q.shape[-1])
-        seen, previous = self.found[address], rows.visible.previous
+        root, previous = ctx.scale(address)**0.5, rows.visible.previous
+        one, two = q.float() * root, k.float() * root
+        gram = torch.einsum("rhle,rhlf->hef", one, one) + torch.einsum("rhle,rhlf->hef", two, two)
+        self.gram[address] = self.gram.get(address, 0) + gram
+        most = self.most.setdefault(address, {
+            name: one.new_zeros(q.shape[1], self.steps_seen) for name in ("logit", "entry", "lost")})
         for at in rows.spans:
             first = min(s.lo for s in rows.spans if previous is None or s.step >= at.step - previous)
-            own = slice(at.lo, at.hi)
-            logit = (q[:, :, own].float() @ k[:, :, first:at.hi].float().transpose(2, 3)).abs().amax((0, 2, 3)) * scale
-            entry = torch.stack([t[:, :, own].float().abs().amax((0, 2, 3)) for t in (q * scale**0.5, k * scale**0.5,
-                                                                                      v)]).amax(0)
-            for name, value in (("logit", logit), ("entry", entry)):
-                column = getattr(seen, name)[:, at.step]
-                column.copy_(torch.maximum(column, value.cpu()))
+            own, seen = one[:, :, at.lo:at.hi], two[:, :, first:at.hi]
+            logits, values = own @ seen.transpose(2, 3), {}
+            if address in self.directions:
+                basis = self.directions[address]
+                fewer = own @ basis @ (seen @ basis).transpose(2, 3)
+                values["lost"], logits = logits - fewer, fewer
+            values |= {"logit": logits, "entry": torch.cat([t[:, :, at.lo:at.hi] for t in (one, two, v.float())], 2)}
+            for name, value in values.items():
+                most[name][:, at.step] = torch.maximum(most[name][:, at.step], value.abs().amax((0, 2, 3)))
         return inner(q, k, v, rows)
 
 
 def limits(system: Any, pictures: Tensor | None = None, labels: Any = None, error: float = 0.01,
-           batch_size: int = 16) -> list[HeadLimits]:
+           directions: int | None = None, batch_size: int = 16) -> list[HeadLimits]:
     """Where a trained model's logits are small enough for low-rank attention: layer by layer, head by head and step by
     step.
 
     pictures (B, 3, S, S) in [-1, 1] with labels: measured under teacher forcing; without, the weights' own bounds are
     told, which only attention with unit queries and keys has: min(exp(scale), 100) a head. error: of an attention
-    weight, relative. Raises InputError without both.
+    weight, relative. directions: first project queries and keys of every head to that many, those that hold most of
+    both; needs pictures. Raises InputError without pictures where they are needed.
     """
-    plan, found = system.plan, _Measure(len(system.plan))
+    plan, measured = system.plan, _Measure(len(system.plan))
     bounds = _bounds(system.generator)
-    if pictures is not None:
-        for start in range(0, len(pictures), batch_size):
+    if pictures is None and (directions or not bounds):
+        why = "directions" if directions else "logits whose queries and keys have no unit length"
+        raise InputError(f"var_limits: {why} are measured on pictures; give some")
+    for projected in (False, True) if directions else (False,):
+        if projected and directions:
+            measured = _Measure(len(plan), {address: torch.linalg.eigh(gram).eigenvectors[..., -directions:]
+                                            for address, gram in measured.gram.items()})
+        for start in range(0, 0 if pictures is None else len(pictures), batch_size):
             part = slice(start, start + batch_size)
-            system.log_prob(pictures[part], labels[part] if isinstance(labels, list) else labels, hooks=[found])
-    elif not bounds:
-        raise InputError("var_limits: this model's weights bound no logits (queries and keys have no unit length); "
-                         "give pictures to measure them on")
+            system.log_prob(pictures[part], labels[part] if isinstance(labels, list) else labels,  # type: ignore[index]
+                            hooks=[measured])
     made = []
-    for address in found.found or bounds:
-        own = bounds.get(address)
-        seen = found.found.get(address)
-        width = seen.width if seen is not None else own[1] if own is not None else 0
-        heads = len(seen.logit) if seen is not None else len(own[0]) if own is not None else 0
-        for head, k in itertools.product(range(heads), range(len(plan))):
-            bound = own[0][head] if own is not None else math.inf
-            logit, entry = (math.nan, math.nan) if seen is None else (float(seen.logit[head, k]),
-                                                                      float(seen.entry[head, k]))
-            s = bound if seen is None else logit
+    for address in measured.most or bounds:
+        most, (own, width) = measured.most.get(address), bounds.get(address, ([], 0))
+        width = min(directions or 1 << 30, width if most is None else len(measured.gram[address][0]))
+        for head, k in itertools.product(range(len(own) if most is None else len(most["logit"])), range(len(plan))):
+            bound = own[head] if own else math.inf
+            logit, entry, lost = (math.nan, math.nan, 0.0) if most is None else (
+                float(most[name][head, k]) for name in ("logit", "entry", "lost"))
+            s = bound if most is None else logit
             degree = degree_for(s, error)
+            whole = (1 + relative_error(s, degree)) * math.exp(lost) - 1
             first = 0 if plan.visible.previous is None else max(0, k - plan.visible.previous)
-            made.append(HeadLimits(address, head, k, bound, logit, entry, degree, rank(width, degree),
-                                   relative_error(s, degree), plan.starts[k + 1] - plan.starts[first]))
+            keys = plan.starts[k + 1] - plan.starts[first]
+            made.append(HeadLimits(address, head, k, bound, logit, entry, lost, degree, rank(width, degree), whole,
+                                   keys, rank(width, degree) < keys and whole <= error * (1 + 1e-9)))
     return made
 
 
@@ -291,6 +293,7 @@ def table(found: Sequence[HeadLimits], plan: Plan) -> str:
         last = steps[-1]
         where = [_grid(plan, one.step) for one in steps if one.approximate]
         logits = "" if math.isnan(last.logit) else " ".join(f"{one.logit:5.2f}" for one in steps) + "; "
+        logits += f"{last.lost:.2f} lost; " if last.lost else ""
         features = f"{last.rank:,}" if last.rank < 1e6 else f"{last.rank:.1e}"
         lines.append(f"{address} head {head}: at most {last.bound:.2f}; {logits}degree {last.degree}, {features} "
                      f"features, error {last.error:.0e}; {', '.join(where) or 'exact everywhere'}")

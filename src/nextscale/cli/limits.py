@@ -22,6 +22,9 @@ def limits(
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="How many pictures.")] = 32,
     error: Annotated[float, typer.Option("--error", help="Of an attention weight, relative.")] = 0.01,
+    directions: Annotated[
+        int | None, typer.Option("--directions", min=1, help="Project queries and keys to so many first; needs --data.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Also write every head and step to this file.")] = None,
     device: options.Device = "auto",
     weights: options.Weights = None,
@@ -59,7 +62,7 @@ def limits(
         known = match_labels(dataset.class_names, system.config.class_names, system.config.classes)
         labels = [None] * len(pictures) if known is None else [
             tuple(row) for row in known.rows(dataset.labels[places]).tolist()]
-    found = measure(system, pictures, labels, error)
+    found = measure(system, pictures, labels, error, directions)
     typer.echo(table(found, system.plan))
     if out is not None:
         hub.save_json({"model": model, "error": error, "heads": [asdict(one) for one in found]}, out)
