@@ -299,8 +299,8 @@ def table(found: Sequence[HeadLimits], plan: Plan) -> str:
                      f"features, error {last.error:.0e}; {', '.join(where) or 'exact everywhere'}")
     few, side = sum(one.approximate for one in found), math.sqrt(plan.grid[0] * plan.grid[1])
     entries = [one.entry for one in found if not math.isnan(one.entry)]
-    lines.append(f"{few} of {len(found)} heads and steps qualify: the wanted error by fewer features than keys; over the "
-                 f"whole plan low rank pays below {crossover(plan):.0f} features")
+    lines.append(f"{few} of {len(found)} heads and steps qualify: the wanted error by fewer features than keys; "
+                 f"over the whole plan low rank pays below {crossover(plan):.0f} features")
     if entries:
         lines.append(f"the largest entry of queries, keys and values is {max(entries):.2f}; sqrt(ln n) is "
                      f"{math.sqrt(math.log(side)):.2f} for a side of n = {side:g}")
