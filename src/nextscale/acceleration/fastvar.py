@@ -22,7 +22,7 @@ from nextscale.context import Context, Function, Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.memory import Memory
 from nextscale.layers.resize import resize
-from nextscale.plan import Plan
+from nextscale.plan import Plan, Span, Step
 from nextscale.run import Call, Rows, Run
 
 Score = Literal["pivotal", "random"]
@@ -239,17 +239,15 @@ class FastVAR(Hook):
         out, cached = inner(x, rows), self.cached_step(plan)
         for span in rows.spans or ():
             if span.step == cached and self._restores:
-                delta, at = (out - x)[:, span.lo:span.hi], plan.steps[cached]
+                delta, at = (out - x)[:, span.lo:span.hi], _whole_step(plan, span)
                 memory.state[f"fastvar.{address}.{kind}"] = to_map(delta, at.maps, at.grid)
         return out
 
     def _pruned(self, memory: Memory, plan: Plan, address: str, block: int, kind: str, x: Tensor, rows: Rows,
                 inner: Function) -> Tensor:
         assert rows.spans is not None
-        step, name = rows.spans[0].step, f"fastvar.{address}.{kind}"
-        at, keep = plan.steps[step], kept_rows(plan.steps[step].rows, self.ratio_at(plan, step))
-        if len(rows) != at.rows:
-            raise InputError("fastvar: the step's rows were selected already; use one pruning hook a run")
+        at, step, name = _whole_step(plan, rows.spans[0]), rows.spans[0].step, f"fastvar.{address}.{kind}"
+        keep = kept_rows(at.rows, self.ratio_at(plan, step))
         if keep == 0:
             raise InputError(f"fastvar: step {step} has ratio 1 and is left out; end the run in front of it")
         if self._restores and name not in memory.state:
@@ -263,6 +261,14 @@ class FastVAR(Hook):
         wide = index[..., None].expand(-1, -1, x.shape[-1])
         restored = x + upsampled(memory.state[name], at.maps, at.grid) if self._restores else x
         return restored.scatter(1, wide, inner(x.gather(1, wide), rows.select(index)))
+
+
+def _whole_step(plan: Plan, span: Span) -> Step:
+    """The step whose rows are given. Raises InputError where they aren't all of them."""
+    step = plan.steps[span.step]
+    if span.hi - span.lo != step.rows:
+        raise InputError("fastvar: the step's rows were selected already; use one pruning hook a run")
+    return step
 
 
 def depth_of(network: Any) -> int | None:
