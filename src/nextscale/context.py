@@ -204,11 +204,6 @@ class Context:
             raise InputError(f"attention at {address}: the {name} of rows that were selected inside of it isn't known")
         return found[0]
 
-    def scale(self, address: str) -> float:
-        """What the scores q k^T of the attention under way at an address are multiplied by, for hooks around it."""
-        found: float = self.scratch["scale", address]
-        return found
-
     def recur(self, address: str, x: Tensor, rows: Rows, scan: Scan) -> Tensor:
         """A recurrence over rows x (R, L, C): ``scan(x, state) -> y, state`` from the state that the address holds.
 
