@@ -86,12 +86,14 @@ _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
 _HOOKS: dict[str, str] = {
+    "fastvar": "nextscale.acceleration.fastvar:FastVAR",
     "hack": "nextscale.acceleration.hack:HACK",
     "litevar": "nextscale.acceleration.litevar:LiteVAR",
     "pyramidkv": "nextscale.acceleration.cache_baselines:PyramidKV",
     "scalekv": "nextscale.acceleration.scalekv:ScaleKV",
     "sliding-window": "nextscale.acceleration.cache_baselines:SlidingWindow",
     "snapkv": "nextscale.acceleration.cache_baselines:SnapKV",
+    "var_limits": "nextscale.acceleration.var_limits:LowRankAttention",
 }
 
 # Method -> "module:class" of its calibration, a dataclass of settings with ``run(system, labels, count, **options)``

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from doubles import CommitAfterClean, ControlTower, MaskedRounds, PrunedResiduals
+from doubles import CommitAfterClean, ControlTower, MaskedRounds
 from torch import Tensor
 
+from nextscale.acceleration.fastvar import FastVAR
 from nextscale.acceleration.hack import HACK
 from nextscale.acceleration.litevar import LiteVAR
 from nextscale.acceleration.scalekv import ScaleKV
@@ -67,7 +68,12 @@ def tower_block() -> Block:
 
 
 def pruned(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
-    return PrunedResiduals(1.0 if neutral else 0.5)
+    return FastVAR(0.0 if neutral else (0.5, 0.5))
+
+
+def random_rows(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    """FastVAR's comparison: other rows, and nothing in the place of those that were left out."""
+    return FastVAR(0.0 if neutral else (0.4, 0.4), score="random", restore="zero")
 
 
 def layers(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
@@ -110,8 +116,8 @@ def shared(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
 
 
 HOOKS: dict[str, Callable[[bool, Plan, Sequence[int]], Hook]] = {
-    "pruned": pruned, "layers": layers, "heads": heads, "tower": tower, "forced": forced, "window": window,
-    "shared": shared}
+    "pruned": pruned, "random": random_rows, "layers": layers, "heads": heads, "tower": tower, "forced": forced,
+    "window": window, "shared": shared}
 HEADS: dict[str, Callable[[Any, bool], Any]] = {
     "plain": lambda m, neutral: m.head,
     "clean": lambda m, neutral: CommitAfterClean(m.head, 1, 0.0) if neutral else CommitAfterClean(m.head),
@@ -171,9 +177,10 @@ SINGLE = [Case((name,)) for name in HOOKS]
 # before a window shows what is left.
 REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("layers", "shared"), ("heads", "shared"),
            ("heads", "window")}
-PAIRS = [Case(pair) for pair in itertools.combinations(HOOKS, 2) if pair not in REFUSED]
+COMBINED = [name for name in HOOKS if name != "random"]  # else the same hook at another setting
+PAIRS = [Case(pair) for pair in itertools.combinations(COMBINED, 2) if pair not in REFUSED]
 REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]
-WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in HOOKS))]
+WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in COMBINED))]
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
           *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),
           *(Case(hooks, previous_only=True) for hooks in ((), ("pruned",), ("layers",), ("heads", "tower"))),

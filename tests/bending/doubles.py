@@ -13,44 +13,10 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
-from nextscale.errors import InputError
 from nextscale.heads.categorical import CategoricalHead, Evaluate, Filter, Guidance
-from nextscale.layers.memory import Memory
-from nextscale.layers.resize import resize
 from nextscale.run import At, Call, Rows, Run, Sample
 from nextscale.sampling.steps import Model, evaluator
 from nextscale.tokenizers import pyramid
-
-
-class PrunedResiduals(Hook):
-    """FastVAR (arXiv 2503.23367): from step ``first`` on, a residual branch computes only the ``share`` of rows that
-    lie farthest from their mean; the others get what the branch gave at an earlier step, resized.
-
-    Bends: rows selected differently in every branch and picture, and a state that outlives the step.
-    """
-
-    def __init__(self, share: float, first: int = 2):
-        self.share, self.first = share, first
-
-    def residual(self, ctx: Context, address: str, kind: str, x: Tensor, rows: Rows, inner: Any) -> Tensor:
-        memory, name = ctx.remembered("pruned residuals"), f"pruned.{address}.{kind}"
-        return torch.cat([self._step(memory, name, x[:, at], part, inner) for at, part in rows.by_step()], 1)
-
-    def _step(self, memory: Memory, name: str, x: Tensor, rows: Rows, inner: Any) -> Tensor:
-        maps, h, w = (int(n) + 1 for n in rows.cell.flatten(0, 1).amax(0))
-        if len(rows) != maps * h * w:
-            raise InputError("pruned residuals: the step's rows were selected already; use one pruning hook a run")
-        if rows.spans[0].step < self.first:
-            out = inner(x, rows)
-            if rows.keep == len(rows):
-                memory.state[name] = (out - x).view(len(x), maps, h, w, -1).permute(0, 1, 4, 2, 3).flatten(1, 2)
-            return out
-        earlier = resize(memory.state[name], (h, w), "nearest").unflatten(1, (maps, -1))
-        restored = x + earlier.permute(0, 1, 3, 4, 2).reshape(x.shape)
-        distance = (x - x.mean(1, keepdim=True)).norm(dim=-1)
-        index = distance.topk(max(1, round(self.share * len(rows))), 1).indices.sort(1).values
-        wide = index[..., None].expand(-1, -1, x.shape[-1])
-        return restored.scatter(1, wide, inner(x.gather(1, wide), rows.select(index)))
 
 
 class ControlTower(Hook):

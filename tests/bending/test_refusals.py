@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import GUIDANCE, HOOKS, SEEDS, Case, model
-from doubles import PrunedResiduals, jacobi
+from doubles import jacobi
 from test_doubles import ONE_ROW_STEPS, sequential
 from torch import Tensor
 
+from nextscale.acceleration.fastvar import FastVAR
 from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.run import Call, Rows, Run
@@ -37,9 +38,16 @@ def test_what_needs_memory_refuses_a_pass_without(name: str) -> None:
 
 
 def test_two_prunings_are_refused() -> None:
+    class Half(Hook):
+        def residual(self, ctx: Context, address: str, kind: str, x: Tensor, rows: Rows, inner: Any) -> Tensor:
+            half = -(-len(rows) // 2)
+            return torch.cat([inner(x[:, :half], rows.part(0, half, half)), x[:, half:]], 1)
+
     case = Case()
+    with pytest.raises(InputError, match="carries it twice"):
+        case.go(case.start(), hooks=[FastVAR(0.5), FastVAR(0.4)])
     with pytest.raises(InputError, match="selected already"):
-        case.go(case.start(), hooks=[PrunedResiduals(0.5), PrunedResiduals(0.5)])
+        case.go(case.start(), hooks=[FastVAR(0.5), Half()])
 
 
 def test_two_policies_of_one_memory_are_refused() -> None:

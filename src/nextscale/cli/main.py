@@ -17,6 +17,7 @@ from nextscale.cli import (
     edit,
     evaluate,
     generate,
+    limits,
     models,
     reconstruct,
     scaling,
@@ -59,6 +60,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("scaling")(scaling.scaling)
 app.command("calibrate")(calibrate.calibrate)
+app.command("limits")(limits.limits)
 app.command("tokenize")(tokenize.tokenize)
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
