@@ -249,7 +249,8 @@ def test_hooks_act_at_their_five_places(system: VAR) -> None:
             seen.append("inputs")
             return call
 
-        def output(self, outputs: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        def output(self, outputs: dict[str, Tensor], at: At, run: Run | None) -> dict[str, Tensor]:
+            assert run is not None and run.cursor == at.step
             assert set(outputs) == {"conditional", "unconditional"} and outputs["conditional"].shape[-1] == 32
             seen.append("output")
             return outputs
