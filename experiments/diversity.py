@@ -43,16 +43,14 @@ DIVERSEVAR: list[Row] = [
     ("temperature 0.7", {"temperature": 0.7}, ""),
     ("temperature 0.85", {"temperature": 0.85}, ""),
     *((f"suppression {s}, amplification {a}", {}, f"diversevar suppression={s} amplification={a}")
-      for s, a in ((0.1, 0.0), (0.1, 0.1), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5), (1.0, 0.0), (1.0, 1.0))),
+      for s, a in ((0.05, 0.05), (0.1, 0.0), (0.1, 0.1), (0.5, 0.0), (0.5, 0.5), (1.0, 1.0))),
     ("0.1, 0.1 at the sides 4 and 6", {}, "diversevar suppression=0.1 amplification=0.1 at_steps=[3,4]"),
-    ("0.5, 0.5 around the whole network", {}, "diversevar suppression=0.5 amplification=0.5 mode=model"),
+    ("0.1, 0.1 around the whole network", {}, "diversevar suppression=0.1 amplification=0.1 mode=model"),
 ]
 GUIDANCE: list[Row] = [
     ("as it ships (guidance 2)", {}, ""),
     ("SoftCFG", {}, "softcfg"),
-    ("SoftCFG, budget 0.5", {}, "softcfg budget=0.5"),
     ("SoftCFG, not normalised", {}, "softcfg normalised=false"),
-    ("SoftCFG on the keys", {}, "softcfg reads=keys"),
     ("guidance 3", {"guidance_scale": 3.0}, ""),
     ("guidance 3, interval:0:0.6", {"guidance_scale": 3.0, "guidance_schedule": "interval:0:0.6"}, ""),
     ("guidance 3, interval:0.4:1", {"guidance_scale": 3.0, "guidance_schedule": "interval:0.4:1"}, ""),

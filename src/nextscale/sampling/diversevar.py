@@ -34,8 +34,8 @@ class DiverseVAR(Hook):
     they act, see the docs. Raises InputError for steps that the plan hasn't, or that predict a part of a map.
     """
 
-    suppression: float = 0.5
-    amplification: float = 0.5
+    suppression: float = 0.1
+    amplification: float = 0.1
     at_steps: tuple[int, ...] = (2, 3)
     mode: Literal["block", "model"] = "block"
     input_gain: float = 1.0
