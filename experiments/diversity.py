@@ -43,7 +43,7 @@ DIVERSEVAR: list[Row] = [
     ("temperature 0.7", {"temperature": 0.7}, ""),
     ("temperature 0.85", {"temperature": 0.85}, ""),
     *((f"suppression {s}, amplification {a}", {}, f"diversevar suppression={s} amplification={a}")
-      for s, a in ((0.05, 0.05), (0.1, 0.0), (0.1, 0.1), (0.5, 0.0), (0.5, 0.5), (1.0, 1.0))),
+      for s, a in ((0.05, 0.05), (0.1, 0.0), (0.1, 0.1), (0.5, 0.0), (0.5, 0.5))),
     ("0.1, 0.1 at the sides 4 and 6", {}, "diversevar suppression=0.1 amplification=0.1 at_steps=[3,4]"),
     ("0.1, 0.1 around the whole network", {}, "diversevar suppression=0.1 amplification=0.1 mode=model"),
 ]

@@ -50,7 +50,7 @@ class Hook:
         return call
 
     def leave(self, ctx: Context, rows: Rows, hidden: Tensor) -> Tensor:
-        """What the network gives for the rows of any call, (R, L, C), before the head sees it."""
+        """What the network gives for the rows of any call of a step or of scoring, (R, L, C), before the head."""
         return hidden
 
     def part(self, pictures: slice) -> Hook:
