@@ -170,6 +170,12 @@ def test_only_steps_that_a_row_sees_count_as_context(system: VAR) -> None:
     torch.testing.assert_close((1 - weight[PICTURES:]).sum(1), torch.ones(PICTURES))
 
 
+def test_a_control_tower_s_values_are_read_as_they_are(system: VAR) -> None:
+    run = start(system, system.plan, ClassifierFree(2.0), PICTURES)
+    rows, v = run.rows(3, 4), torch.randn(2 * PICTURES, 3, 30, 16)
+    assert SoftCFG().read(Context(run.memory), "control.0.kv", v, v, rows.tags, rows)[1] is v
+
+
 def test_rectangles_and_one_token_a_step(system: VAR) -> None:
     for grids in (((1, 1), (1, 2), (2, 3), (3, 4)), ((1, 1),) * 5):
         seen.clear()

@@ -95,7 +95,8 @@ class SoftCFG(Hook):
              rows: Rows) -> tuple[Tensor, Tensor]:
         assert rows.spans is not None
         step = rows.spans[0].step
-        if step < 2 or self.budget == 0:  # nothing but the condition came before
+        # Before step 2 there is nothing but the condition; a control tower's values are not of the picture's tokens.
+        if step < 2 or self.budget == 0 or address.startswith("control."):
             return k, v
         name = (CONFIDENCE, step, id(keys.step), id(keys.cell), id(keys.valid))
         if name not in ctx.scratch:  # with the tags, so that their ids stay theirs
