@@ -100,27 +100,30 @@ class SoftCFG(Hook):
             return k, v
         name = (CONFIDENCE, step, id(keys.step), id(keys.cell), id(keys.valid))
         if name not in ctx.scratch:  # with the tags, so that their ids stay theirs
-            ctx.scratch[name] = self.weights(ctx, keys, rows)[:, None, :, None], keys
-        weight_R1N1 = ctx.scratch[name][0]
+            found = self.weights(ctx, keys, rows)
+            ctx.scratch[name] = (found if found.ndim == 3 else found[:, None])[..., None], keys
+        weight_RHN1 = ctx.scratch[name][0]
         if self.reads != "values":
-            k = (k * weight_R1N1).to(k.dtype)
-        return k, v if self.reads == "keys" else (v * weight_R1N1).to(v.dtype)
+            k = (k * weight_RHN1).to(k.dtype)
+        return k, v if self.reads == "keys" else (v * weight_RHN1).to(v.dtype)
 
     def weights(self, ctx: Context, keys: Tags, rows: Rows) -> Tensor:
-        """What the values of remembered rows are multiplied with for the rows of one step, (R, N) float32."""
+        """What the values of remembered rows are multiplied with for the rows of one step, (R, N) float32, or
+        (R, H, N) where heads hold other rows."""
         assert rows.spans is not None
         memory, step = ctx.remembered("softcfg"), rows.spans[0].step
         confidence_RL, places = memory.state[CONFIDENCE], memory.constants[PLACES]
-        asked = _place(keys.step, keys.cell).expand(len(confidence_RL), -1).contiguous()
-        places = places.expand(len(confidence_RL), -1).contiguous()
+        r, shape = len(confidence_RL), keys.step.shape[1:]
+        asked = _place(keys.step, keys.cell).flatten(1).expand(r, -1).contiguous()
+        places = places.expand(r, -1).contiguous()
         index = torch.searchsorted(places, asked).clamp_max(places.shape[1] - 1)
-        counts = (places.gather(1, index) == asked) & (keys.step > 0) & (keys.step < step)
+        counts = (places.gather(1, index) == asked).view(r, *shape) & (keys.step > 0) & (keys.step < step)
         counts = counts & rows.visible.sees(torch.full_like(keys.step, step), keys.step)
         if keys.valid is not None:
             counts = counts & keys.valid
-        sure = confidence_RL.gather(1, index) * counts
+        sure = confidence_RL.gather(1, index).view(r, *shape) * counts
         if self.normalised:
-            sure = sure / sure.sum(1, keepdim=True).clamp_min(torch.finfo(sure.dtype).tiny)
+            sure = sure / sure.sum(-1, keepdim=True).clamp_min(torch.finfo(sure.dtype).tiny)
         return 1 - self.budget * sure
 
     @staticmethod
@@ -133,4 +136,5 @@ class SoftCFG(Hook):
 
 def _place(step: Tensor, cell: Tensor) -> Tensor:
     """One number for a row's step and cell."""
-    return (step << 40) + (cell[..., 0] << 32) + (cell[..., 1] << 16) + cell[..., 2]
+    cell = cell.long()
+    return (step.long() << 40) + (cell[..., 0] << 32) + (cell[..., 1] << 16) + cell[..., 2]
