@@ -183,10 +183,10 @@ class Case:
 
 
 SINGLE = [Case((name,)) for name in HOOKS]
-# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there, or drops them
-# before a window shows what is left.
+# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there or changes what
+# that branch reads, or drops keys before a window shows what is left.
 REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("layers", "shared"), ("heads", "shared"),
-           ("heads", "window")}
+           ("heads", "window"), ("shared", "softcfg")}
 COMBINED = [name for name in HOOKS if name != "random"]  # else the same hook at another setting
 PAIRS = [Case(pair) for pair in itertools.combinations(COMBINED, 2) if pair not in REFUSED]
 REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]

@@ -102,7 +102,7 @@ class SoftCFG(Hook):
         if name not in ctx.scratch:  # with the tags, so that their ids stay theirs
             found = self.weights(ctx, keys, rows)
             ctx.scratch[name] = (found if found.ndim == 3 else found[:, None])[..., None], keys
-        weight_RHN1 = ctx.scratch[name][0]
+        weight_RHN1 = ctx.scratch[name][0][:len(v)]  # an address may hold the leading branches alone
         if self.reads != "values":
             k = (k * weight_RHN1).to(k.dtype)
         return k, v if self.reads == "keys" else (v * weight_RHN1).to(v.dtype)
