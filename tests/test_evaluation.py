@@ -12,6 +12,7 @@ from nextscale.data import ClassBalancedOrder, Loader, open_dataset
 from nextscale.errors import InputError, WeightsError
 from nextscale.evaluation.classifier import Opinion, agreement, judge, macro_average, whole_set
 from nextscale.evaluation.copies import coverage, nearest, pixel_rmse
+from nextscale.evaluation.diversity import pairwise_distance
 from nextscale.evaluation.reconstruction import after_each_scale, code_usage, psnr, reconstruct, thumbnails
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.objectives.reconstruction import FeatureDistance
@@ -91,6 +92,22 @@ def test_recall_and_coverage_on_known_cases() -> None:
     assert fallen.precision == 1 and fallen.recall <= 0.1 and fallen.coverage < 0.5
     with pytest.raises(InputError, match="more than 3 pictures"):
         coverage(real[:3], real)
+
+
+def test_pairwise_distance_is_the_mean_over_labels_of_the_mean_over_pairs() -> None:
+    pictures = torch.randn(7, 3, 2, 2)
+    labels = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 0], [2, 1], [0, 0], [1, 1]])
+    groups = [[0, 1, 2], [3, 5]]
+    pairs = [[float((pictures[i] - pictures[j]).norm()) for i in group for j in group if i < j] for group in groups]
+    found = pairwise_distance(pictures, labels)
+    assert found.mean == pytest.approx(sum(sum(each) / len(each) for each in pairs) / 2)
+    assert (found.labels, found.pairs) == (2, 4)
+    assert pairwise_distance(pictures, labels, most=2).pairs == 2
+    assert pairwise_distance(torch.ones(4, 5), torch.zeros(4, 1)).mean == 0, "samples that are all alike"
+    alone = pairwise_distance(pictures[:2], torch.tensor([[0], [1]]))
+    assert alone.pairs == 0 and alone.mean != alone.mean
+    with pytest.raises(InputError, match="give one each"):
+        pairwise_distance(pictures, labels[:3])
 
 
 def test_agreement_averages_over_classes_and_leaves_flags_out() -> None:

@@ -20,6 +20,7 @@ from nextscale.errors import InputError
 from nextscale.evaluation import sets
 from nextscale.evaluation.blocks import Blocks, Shard
 from nextscale.evaluation.sets import match_labels
+from nextscale.sampling.diversevar import DiverseVAR
 from nextscale.sampling.generation import Settings
 from nextscale.systems import folders
 from nextscale.tokenizers.features import ClassifierConfig, PictureClassifier, save_classifier
@@ -84,6 +85,10 @@ def test_every_figure_is_there_and_named(place: Path, whole: dict[str, Any]) -> 
     tokenizer = whole["tokenizer"]
     assert tokenizer["bits_a_picture"] == 30 * 5 and len(tokenizer["usage"]) == 5
     assert whole["copies"]["judge"]["median_ratio"] > 0
+    for way in ("pixels", "judge"):
+        found = whole["diversity"][way]
+        assert set(found) == {"samples", "reference", "training"} and found["samples"]["labels"] == 3
+        assert found["samples"]["mean"] > 0
     assert "FID" not in json.dumps(whole)
 
 
@@ -151,6 +156,20 @@ def test_saved_statistics_stand_for_the_data(place: Path, whole: dict[str, Any])
     found = figures(place / "by-statistics")
     assert found["features"]["judge"]["samples"]["kernel_distance"] and "likelihood" not in found
     assert found["wanted"]["labels"] == "even"
+
+
+def test_a_hook_acts_on_the_samples_and_on_their_distance(place: Path, whole: dict[str, Any],
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--hook", "diversevar suppression=2.0 amplification=0.0 at_steps=[1,2]", "--likelihood", "0")
+    assert evaluate(place, place / "whole", *more) == 0
+    assert "distance of samples of one label by pixels" in capsys.readouterr().out
+    found = figures(place / "whole")
+    assert found["sampling"]["hooks"] == [repr(DiverseVAR(2.0, 0.0, at_steps=(1, 2)))]
+    assert found["diversity"]["judge"]["samples"]["mean"] != whole["diversity"]["judge"]["samples"]["mean"]
+    assert found["diversity"]["judge"]["reference"] == whole["diversity"]["judge"]["reference"]
+    assert "Distance between pictures of one label" in (place / "whole" / "report.html").read_text()
+    assert evaluate(place, place / "of-tokenizer", "--hook", "softcfg", model="tokenizer") == 2
+    assert "draws nothing that a hook could act on" in capsys.readouterr().err
 
 
 def test_tokenizer_alone(place: Path) -> None:

@@ -83,6 +83,45 @@ def test_impossible_guidance_is_refused() -> None:
             make_guidance(scale, schedule)
 
 
+def shares(schedule: object, steps: int) -> list[float]:
+    """Of the scale at every step: what guidance of scale 2 makes of c = 1, u = 0, less the unguided 1."""
+    outputs = {"conditional": torch.ones(1, 1, 1), "unconditional": torch.zeros(1, 1, 1)}
+    return [float(make_guidance(2.0, schedule)(outputs, At(k, steps, k, steps))) - 1 for k in range(steps)]
+
+
+def test_a_power_cosine_is_that_of_its_published_settings() -> None:
+    """RAR-B at 256 steps: scale 16, power 2.75 (arXiv 2411.00776)."""
+    found = [1 + 15 * share for share in shares("power-cosine:2.75", 256)]
+    assert [found[k] for k in (0, 64, 128, 192, 255)] == pytest.approx([1.0, 1.018, 1.80, 7.40, 15.996], abs=6e-3)
+    assert shares("power-cosine:0", 5) == [1.0] * 5
+    assert shares("power-cosine:1", 4) == pytest.approx([0, 0.1464, 0.5, 0.8536], abs=1e-4)
+
+
+def test_an_interval_guides_within_these_shares_of_the_steps_alone() -> None:
+    assert shares("interval:0.2:0.6", 6) == [0, 1, 1, 1, 0, 0]
+    assert shares("interval:0:1", 3) == shares("constant", 3) == [1, 1, 1]
+    assert shares("interval:0.5:0.5", 2) == [0, 0] and shares("interval:1:1", 4) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("schedule", "message"), [
+    ("interval:0.8:0.2", "rise"), ("interval:0.5", "write it as interval:0.2:0.8"), ("interval:a:b", "write it as"),
+    ("power-cosine", "write it as power-cosine:1.5"), ("power-cosine:-1", "at least 0"),
+    ("power-cosine:nan", "at least 0"), ("ramp:2", "unknown"), ("cosine-power:1", "power-cosine:1.5")])
+def test_schedules_written_wrongly_are_refused(schedule: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_guidance(2.0, schedule)
+
+
+def test_settings_and_the_command_line_take_schedules_with_numbers(system: VAR) -> None:
+    from nextscale.cli.options import read_schedule
+
+    made = [system.generate([0, 1], seed=3, guidance_scale=4.0, guidance_schedule=read_schedule(text), output="torch")
+            for text in ("interval:0.5:1", "0,0,1,1", "interval:0:1", "power-cosine:1.5")]
+    assert same(made[0].tokens, made[1].tokens)
+    assert not same(made[0].tokens, made[2].tokens) and not same(made[0].tokens, made[3].tokens)
+    assert made[3].settings.guidance_schedule == "power-cosine:1.5"
+
+
 # Filters, against naive references
 
 def naive_top_k(logits: np.ndarray, k: int) -> np.ndarray:
@@ -249,7 +288,8 @@ def test_hooks_act_at_their_five_places(system: VAR) -> None:
             seen.append("inputs")
             return call
 
-        def output(self, outputs: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        def output(self, outputs: dict[str, Tensor], at: At, run: Run | None) -> dict[str, Tensor]:
+            assert run is not None and run.cursor == at.step
             assert set(outputs) == {"conditional", "unconditional"} and outputs["conditional"].shape[-1] == 32
             seen.append("output")
             return outputs

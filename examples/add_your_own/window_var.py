@@ -39,7 +39,7 @@ class GuidanceInterval(Hook):
     since: float = 0.0
     until: float = 1.0
 
-    def output(self, outputs: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+    def output(self, outputs: dict[str, Tensor], at: At, run: Run | None) -> dict[str, Tensor]:
         if self.since <= at.progress <= self.until:
             return outputs
         return dict.fromkeys(outputs, outputs["conditional"])

@@ -49,12 +49,16 @@ class Hook:
         with the network, such as a control tower, computes its own part here and leaves it in ``ctx.scratch``."""
         return call
 
+    def leave(self, ctx: Context, rows: Rows, hidden: Tensor) -> Tensor:
+        """What the network gives for the rows of any call of a step or of scoring, (R, L, C), before the head."""
+        return hidden
+
     def part(self, pictures: slice) -> Hook:
         """The same for some of the pictures that it was made for; itself where it holds nothing a picture."""
         return self
 
-    def output(self, outputs: dict[str, Tensor], at: At) -> dict[str, Tensor]:
-        """The head's native output of every branch, (B, L, V), before guidance."""
+    def output(self, outputs: dict[str, Tensor], at: At, run: Run | None) -> dict[str, Tensor]:
+        """The head's native output of every branch, (B, L, V), before guidance; run: None in scoring."""
         return outputs
 
     def logits(self, logits: Tensor, at: At) -> Tensor:
@@ -85,6 +89,12 @@ class Hook:
                inner: Attend) -> Tensor:
         """Around an attention: before ``inner`` the rows of this call are not in memory yet, after it they are."""
         return inner(q, k, v, rows)
+
+    def read(self, ctx: Context, address: str, k: Tensor, v: Tensor, keys: Tags,
+             rows: Rows) -> tuple[Tensor, Tensor]:
+        """Keys and values (R, H, N, E) as attention is about to read them, what memory holds and what this call adds,
+        and their tags. They are memory's own: give others back, write nothing into them."""
+        return k, v
 
 
 def make_hook(name: str, settings: Mapping[str, Any]) -> Hook:
@@ -120,11 +130,13 @@ class Context:
         self.branches = tuple(branches)
         self.plan, self.network = plan, network
         self._enters = [h for h in hooks if overrides(h, "enter")]
+        self._leaves = [h for h in hooks if overrides(h, "leave")]
         self.scratch: dict[Any, Any] = {}
         self._block = [h for h in hooks if overrides(h, "block")]
         self._residual = [h for h in hooks if overrides(h, "residual")]
         self._leads = [h for h in hooks if overrides(h, "leading")]
         self._attends = [h for h in hooks if overrides(h, "attend")]
+        self._reads = [h for h in reversed(hooks) if overrides(h, "read")]  # the first is nearest to the attention
         self._offers: dict[str, tuple[Callable[[], Tensor], Rows]] = {}
 
     def enter(self, call: Call) -> Call:
@@ -132,6 +144,12 @@ class Context:
         for hook in self._enters:
             call = hook.enter(self, call)
         return call
+
+    def leave(self, rows: Rows, hidden: Tensor) -> Tensor:
+        """What the network gives for a call's rows as the hooks let it out."""
+        for hook in self._leaves:
+            hidden = hook.leave(self, rows, hidden)
+        return hidden
 
     def block(self, address: str, x: Tensor, f: Function, rows: Rows) -> Tensor:
         """f(x, rows) of a whole block, inside the hooks."""
@@ -250,6 +268,8 @@ class Context:
         # Rows of which none stays, where nothing is held and no hook looks, need no room in memory.
         fleeting = self.memory is None or (krows.keep == 0 and address not in self.memory.groups and not self._attends)
         if k is not None and v is not None and fleeting:
+            for hook in self._reads:
+                k, v = hook.read(self, address, k, v, krows.tags, rows)
             dropout = dropout if self.memory is None else 0.0
             if rows.visible.previous == 0 and rows.masked and rows.spans is not None and krows is rows \
                     and not rows.narrowed:
@@ -274,13 +294,16 @@ class Context:
 
     def _attend_group(self, group: Group, q: Tensor, rows: Rows, address: str, scale: float | None) -> Tensor:
         assert self.memory is not None
-        mask = None
-        if rows.masked or rows.narrowed or self.check or self.memory.ragged:
+        mask, n = None, group.rows
+        k, v = group.k[:, :, :n], group.v[:, :, :n]
+        if self._reads or rows.masked or rows.narrowed or self.check or self.memory.ragged:
             tags = self.memory.tags_of(group)
             assert tags is not None
-            mask = _leading(self._mask(rows, tags, address), len(q))
-        n = group.rows
-        return attention(q, group.k[:len(q), :, :n], group.v[:len(q), :, :n], mask, scale)
+            for hook in self._reads:
+                k, v = hook.read(self, address, k, v, tags, rows)
+            if rows.masked or rows.narrowed or self.check or self.memory.ragged:
+                mask = _leading(self._mask(rows, tags, address), len(q))
+        return attention(q, k[:len(q)], v[:len(q)], mask, scale)
 
     def _mask(self, rows: Rows, keys: Tags, address: str) -> Any:
         if self.check:

@@ -86,6 +86,7 @@ _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
 
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.
 _HOOKS: dict[str, str] = {
+    "diversevar": "nextscale.sampling.diversevar:DiverseVAR",
     "fastvar": "nextscale.acceleration.fastvar:FastVAR",
     "hack": "nextscale.acceleration.hack:HACK",
     "litevar": "nextscale.acceleration.litevar:LiteVAR",
@@ -93,6 +94,7 @@ _HOOKS: dict[str, str] = {
     "scalekv": "nextscale.acceleration.scalekv:ScaleKV",
     "sliding-window": "nextscale.acceleration.cache_baselines:SlidingWindow",
     "snapkv": "nextscale.acceleration.cache_baselines:SnapKV",
+    "softcfg": "nextscale.sampling.softcfg:SoftCFG",
     "var_limits": "nextscale.acceleration.var_limits:LowRankAttention",
 }
 

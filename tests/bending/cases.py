@@ -23,8 +23,10 @@ from nextscale.heads.categorical import CategoricalHead
 from nextscale.noise import Keyed
 from nextscale.plan import PREVIOUS_ONLY, Plan
 from nextscale.run import Run
+from nextscale.sampling.diversevar import DiverseVAR
 from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided
+from nextscale.sampling.softcfg import SoftCFG
 from nextscale.sampling.steps import sample_steps
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
@@ -115,9 +117,17 @@ def shared(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
     return LiteVAR(share=() if neutral else (1,))
 
 
+def softcfg(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    return SoftCFG(0.0 if neutral else 1.0)
+
+
+def diverse(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+    return DiverseVAR(0.0, 0.0) if neutral else DiverseVAR(1.0, 0.5, at_steps=(1, 2))
+
+
 HOOKS: dict[str, Callable[[bool, Plan, Sequence[int]], Hook]] = {
     "pruned": pruned, "random": random_rows, "layers": layers, "heads": heads, "tower": tower, "forced": forced,
-    "window": window, "shared": shared}
+    "window": window, "shared": shared, "softcfg": softcfg, "diverse": diverse}
 HEADS: dict[str, Callable[[Any, bool], Any]] = {
     "plain": lambda m, neutral: m.head,
     "clean": lambda m, neutral: CommitAfterClean(m.head, 1, 0.0) if neutral else CommitAfterClean(m.head),
@@ -173,10 +183,10 @@ class Case:
 
 
 SINGLE = [Case((name,)) for name in HOOKS]
-# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there, or drops them
-# before a window shows what is left.
+# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there or changes what
+# that branch reads, or drops keys before a window shows what is left.
 REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("layers", "shared"), ("heads", "shared"),
-           ("heads", "window")}
+           ("heads", "window"), ("shared", "softcfg")}
 COMBINED = [name for name in HOOKS if name != "random"]  # else the same hook at another setting
 PAIRS = [Case(pair) for pair in itertools.combinations(COMBINED, 2) if pair not in REFUSED]
 REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]
@@ -184,7 +194,9 @@ WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in (()
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
           *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),
           *(Case(hooks, previous_only=True) for hooks in ((), ("pruned",), ("layers",), ("heads", "tower"))),
-          Case(("layers",), "clean", previous_only=True)]
+          Case(("layers",), "clean", previous_only=True),
+          Case(("softcfg",), guidance="three"), Case(("softcfg", "diverse"), maps=2),
+          Case(("layers", "softcfg"), previous_only=True)]
 CASES = [Case(), *SINGLE, *PAIRS, *REVERSED, *WITH_HEADS, *OTHERS]
 
 

@@ -78,7 +78,7 @@ def test_hand_over_to_the_same_system_is_the_identity_at_every_step(case: Case) 
 def test_the_loop_equals_one_call(case: Case) -> None:
     """All steps prefilled in one call give the loop's log-probabilities: pruning and shrinking go step by step."""
     loop = finished(case)
-    run, hooks = case.start(), case.make_hooks()
+    run, hooks = replace(case.start(), carried=dict(loop.carried)), case.make_hooks()
     for tokens in loop.tokens[:-1]:
         run.force(tokens)
     call = case.model.generator.call(run)

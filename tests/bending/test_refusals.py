@@ -20,7 +20,7 @@ from nextscale.sampling.steps import evaluator
 from nextscale.tokenizers import pyramid
 
 
-@pytest.mark.parametrize("name", ["pruned", "layers", "heads"])
+@pytest.mark.parametrize("name", ["pruned", "layers", "heads", "diverse"])
 def test_what_acts_on_whole_steps_refuses_pictures_at_different_steps(name: str) -> None:
     _, run = sequential()
     m = model(ONE_ROW_STEPS)
@@ -28,7 +28,7 @@ def test_what_acts_on_whole_steps_refuses_pictures_at_different_steps(name: str)
         next(jacobi(m, run, GUIDANCE["none"], 3, [HOOKS[name](False, m.plan, range(len(SEEDS)))]))
 
 
-@pytest.mark.parametrize("name", ["pruned", "layers", "heads", "tower"])
+@pytest.mark.parametrize("name", ["pruned", "layers", "heads", "tower", "softcfg"])
 def test_what_needs_memory_refuses_a_pass_without(name: str) -> None:
     case, m = Case(), model()
     run = case.go(case.start())

@@ -81,6 +81,7 @@ def evaluate(
     top_p: options.TopP = None,
     smooth: options.Smooth = None,
     set_: options.OwnSettings = None,
+    hook: options.Hooks = None,
     purpose: options.PurposeOption = options.Purpose.fid,
     shard: Annotated[
         str | None,
@@ -114,10 +115,13 @@ def evaluate(
 
     check_writable(out, folder=True)
     check_metrics()
+    hooks = options.make_hooks(hook)
     part = Shard.of_environment() if shard is None else Shard.read(shard)
     extractors = _distinct([open_extractor(spec) for spec in features or ["emoji-judge"]])
     files = _statistics(statistics or [])
     subject = open_subject(model, precision, device, weights, tokenizer_weights)
+    if hooks and subject.system is None:
+        raise InputError(f"--hook: {model} is a tokenizer, it draws nothing that a hook could act on; leave it out")
     reference, known = open_pictures(data, split, train, train_split if training else None, subject.size)
     sampling = options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth)
     if subject.system is not None:
@@ -126,7 +130,7 @@ def evaluate(
     wanted = Wanted(count, seed, source, likelihood, reconstruction, training, purpose.value, sampling, batch_size)
     place = subject.system.device if subject.system is not None else None
     evaluation = Evaluation(
-        subject, out, [e if place is None else e.to(place) for e in extractors], wanted, reference, known, files
+        subject, out, [e if place is None else e.to(place) for e in extractors], wanted, reference, known, files, hooks
     )
     with progress_lines(part.index == 0) as progress:
         evaluation.work(part, progress)
@@ -171,6 +175,10 @@ def headlines(found: dict[str, Any]) -> Iterator[str]:
         if "usage" in of:
             line += f", {of['usage'][-1]['share']:.1%} of the codebook, {of['bits_a_picture']:.0f} bits a picture"
         yield line
+    for way, of in found.get("diversity", {}).items():
+        real = of.get("reference") or of.get("training")
+        beside = "" if real is None else f" (real pictures {real['mean']:.4g})"
+        yield f"distance of samples of one label by {way}: {of['samples']['mean']:.4g}{beside}"
     if "copies" in found:
         known = {way: of["median_ratio"] for way, of in found["copies"].items() if "median_ratio" in of}
         ratios = ", ".join(f"{way} {ratio:.3f}" for way, ratio in known.items())

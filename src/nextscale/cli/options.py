@@ -52,7 +52,8 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         "--guidance-schedule",
-        help="ramp, cosine (both grow over the steps), constant, or a share for every step, as in 0,0.5,1,1.",
+        help="ramp, cosine, power-cosine:1.5 (they grow over the steps), constant, interval:0.2:0.8 (within these "
+        "shares of the steps), or a share for every step, as in 0,0.5,1,1.",
         show_default="the model's",
     ),
 ]

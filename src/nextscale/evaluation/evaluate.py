@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from nextscale import hub
+from nextscale.context import Hook
 from nextscale.data import PictureDataset
 from nextscale.errors import InputError
 from nextscale.evaluation import sets
 from nextscale.evaluation.blocks import Blocks, Shard
 from nextscale.evaluation.copies import nearest, pixel_rmse
 from nextscale.evaluation.distances import Statistics, read_statistics, write_statistics
+from nextscale.evaluation.diversity import pairwise_distance
 from nextscale.evaluation.features import Extractor
 from nextscale.evaluation.likelihood import likelihood_blocks, likelihood_figures
 from nextscale.evaluation.measure import Features, agree, compare
@@ -68,12 +70,14 @@ class Evaluation:
     """A subject, the pictures it is measured against, and where results lie.
 
     reference: held-out pictures, None where ``statistics`` stand for them; training: pictures the model was trained
-    on, for copies and as the figure beside it; extractors: one or more; statistics: files by extractor name.
+    on, for copies and as the figure beside it; extractors: one or more; statistics: files by extractor name; hooks:
+    act on the drawing of samples, dataclasses of settings.
     """
 
     def __init__(self, subject: Subject, out: Path, extractors: Sequence[Extractor], wanted: Wanted,
                  reference: PictureDataset | None = None, training: PictureDataset | None = None,
-                 statistics: Mapping[str, Path] | None = None):
+                 statistics: Mapping[str, Path] | None = None, hooks: Sequence[Hook] = ()):
+        self.hooks = hooks
         self.subject, self.out, self.extractors, self.wanted = subject, out, list(extractors), wanted
         self.reference, self.training = reference, training
         self.statistics = {name: read_statistics(path, name) for name, path in (statistics or {}).items()}
@@ -116,7 +120,7 @@ class Evaluation:
         if self.wanted.labels == "data" and self.reference_pictures is not None:
             rule["data"] = self.reference_pictures.request["digest"]
         return sets.sample_blocks(self.out, self.subject, self.labels_Nn, rule, self.wanted.seed, self.wanted.purpose,
-                                  self.wanted.settings, self.wanted.batch_size)
+                                  self.wanted.settings, self.wanted.batch_size, self.hooks)
 
     @cached_property
     def scored(self) -> dict[str, tuple[Blocks, Make, str]]:
@@ -149,7 +153,7 @@ class Evaluation:
 
     def pictures_of(self) -> dict[str, Pictures]:
         """Every set whose features are taken, by its role."""
-        found = {"samples": self.samples and sets.of_blocks(self.samples[0]),
+        found = {"samples": self.samples and replace(sets.of_blocks(self.samples[0]), labels_Nn=self.labels_Nn),
                  "reference": self.reference_pictures, "training": self.training_pictures,
                  "originals": self.originals,
                  "reconstructed": self.reconstructed and sets.of_blocks(self.reconstructed[0])}
@@ -171,7 +175,7 @@ class Evaluation:
         found += [(f"likelihood: {name}", blocks, make) for name, (blocks, make, _) in self.scored.items()]
         roles = self.pictures_of()
         found += [(f"features of {role}: {e.name}", *self.features(role, e)) for e in self.extractors for role in roles]
-        if "training" in roles:
+        if "samples" in roles:
             found += [(f"thumbnails of {role}", *self.thumbnails(role))
                       for role in ("samples", "reference", "training") if role in roles]
         return found
@@ -203,7 +207,7 @@ class Evaluation:
             "training": self.training_pictures and dict(self.training_pictures.request)}
         if self.subject.system is not None:
             used = self.subject.system.settings_for(self.wanted.purpose, dict(self.wanted.settings))
-            figures["sampling"] = asdict(used)
+            figures["sampling"] = asdict(used) | ({"hooks": [repr(hook) for hook in self.hooks]} if self.hooks else {})
         figures["features"] = {e.name: self._of_extractor(e) for e in self.extractors}
         if self.scored:
             figures["likelihood"] = self._likelihood()
@@ -214,6 +218,9 @@ class Evaluation:
         copies = self._copies(sheets)
         if copies:
             figures["copies"] = copies
+        diversity = self._diversity()
+        if diversity:
+            figures["diversity"] = diversity
         figures["seconds"] = {**self.seconds, "measuring": round(time.perf_counter() - began, 2)}
         hub.save_json(figures, self.out / "figures.json")
         write_page(figures, sheets, self.out / "report.html")
@@ -278,12 +285,8 @@ class Evaluation:
         roles = self.pictures_of()
         if "training" not in roles or "samples" not in roles:
             return {}
-        ways: dict[str, Callable[[str], Tensor]] = {
-            "pixels": lambda role: self.thumbnails(role)[0].gather()["thumbnails"].float() / 127.5 - 1}
-        for extractor in self.extractors:
-            ways[extractor.name] = lambda role, e=extractor: self._gathered(role, e).features_ND  # type: ignore[misc]
         figures: dict[str, Any] = {}
-        for way, values in ways.items():
+        for way, values in self._ways().items():
             training, drawn = values("training"), values("samples")
             found = nearest(drawn, training, min(NEAREST_SHOWN, len(training)))
             figures[way] = {"samples": _distances(found.distance_Nk[:, 0], way, drawn)}
@@ -297,6 +300,35 @@ class Evaluation:
                                                                   .float().mean())
             sheets[f"Nearest training pictures by {way}: sample, then its three nearest"] = self._copy_sheet(
                 found.distance_Nk[:, 0], found.index_Nk)
+        return figures
+
+    def _ways(self) -> dict[str, Callable[[str], Tensor]]:
+        """Ways of looking at a role's pictures: thumbnails in [-1, 1], and the features of every extractor."""
+        ways: dict[str, Callable[[str], Tensor]] = {
+            "pixels": lambda role: self.thumbnails(role)[0].gather()["thumbnails"].float() / 127.5 - 1}
+        for extractor in self.extractors:
+            ways[extractor.name] = lambda role, e=extractor: self._gathered(role, e).features_ND  # type: ignore[misc]
+        return ways
+
+    def _diversity(self) -> dict[str, Any]:
+        """How far apart pictures of one label are, of samples and beside them of real ones, each way of looking; roles
+        of which no label has two pictures are left out."""
+        roles, figures = self.pictures_of(), {}
+        if "samples" not in roles:
+            return {}
+        for way, values in self._ways().items():
+            of_way = {}
+            for role in ("samples", "reference", "training"):
+                labels = roles[role].labels_Nn if role in roles else None
+                if labels is None:
+                    continue
+                shown = values(role)
+                found = pairwise_distance(shown, labels)
+                if found.pairs:
+                    mean = float(pixel_rmse(torch.tensor(found.mean), shown)) if way == "pixels" else found.mean
+                    of_way[role] = {**found._asdict(), "mean": mean}
+            if "samples" in of_way:
+                figures[way] = of_way
         return figures
 
     def _copy_sheet(self, distance_N: Tensor, index_Nk: Tensor) -> tuple[Tensor, int]:

@@ -38,6 +38,8 @@ def write_page(figures: Mapping[str, Any], sheets: Mapping[str, tuple[Tensor, in
         parts.append(f"<h2>Tokenizer</h2>{_tokenizer(figures['tokenizer'])}")
     if "copies" in figures:
         parts.append(f"<h2>Distance to the nearest training picture</h2>{_copies(figures['copies'])}")
+    if "diversity" in figures:
+        parts.append(f"<h2>Distance between pictures of one label</h2>{_diversity(figures['diversity'])}")
     curves = _curves(figures)
     if curves is not None:
         parts.append(f'<h2>Curves</h2><img class="curve" alt="curves" src="data:image/png;base64,{curves}">')
@@ -171,6 +173,16 @@ def _copies(found: Mapping[str, Any]) -> str:
                    "share nearer than any held-out one"], rows) + (
         '<p class="note">A model that copies has samples much nearer to training pictures than held-out pictures are: '
         "a ratio far below 1. Distances by pixels are root mean square errors in grey levels.</p>")
+
+
+def _diversity(found: Mapping[str, Any]) -> str:
+    roles = [role for role in ("samples", "reference", "training") if any(role in of for of in found.values())]
+    rows = [[way, *(of.get(role, {}).get("mean", "") for role in roles)] for way, of in found.items()]
+    of_pixels = next(iter(found.values()))
+    rows.append(["labels with two or more", *(of_pixels.get(role, {}).get("labels", "") for role in roles)])
+    return _table(["by", *roles], rows) + (
+        '<p class="note">The mean over labels of the mean over their pairs of pictures: samples that are all alike are '
+        "near to each other. By pixels root mean square errors in grey levels.</p>")
 
 
 def _sheet(pictures: Tensor, columns: int) -> str:

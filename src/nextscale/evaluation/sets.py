@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.context import Hook
 from nextscale.data import PictureDataset
 from nextscale.errors import InputError
 from nextscale.evaluation.blocks import Blocks
@@ -52,11 +53,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set: what it depends on, how many, and ``read(range)`` giving (n, 3, H, W) in [-1, 1]."""
+    """A set: what it depends on, how many, and ``read(range)`` giving (n, 3, H, W) in [-1, 1].
+
+    labels_Nn: label rows, equal where pictures are of the same, None where nothing is known of them.
+    """
 
     request: Mapping[str, Any]
     total: int
     read: Callable[[range], Tensor]
+    labels_Nn: Tensor | None = None
 
     def some(self, positions: Sequence[int]) -> Tensor:
         return torch.cat([self.read(range(i, i + 1)) for i in positions])
@@ -78,7 +83,7 @@ def of_dataset(dataset: PictureDataset, limit: int | None = None) -> Pictures:
         digest.update(dataset.read(places[i:i + 1])[0].tobytes())
     request = {"data": dataset.source.name, "split": dataset.split, "size": list(dataset.size),
                "pictures": len(places), "digest": digest.hexdigest()[:16]}
-    return Pictures(request, len(places), read)
+    return Pictures(request, len(places), read, dataset.labels[torch.from_numpy(places)])
 
 
 def of_blocks(blocks: Blocks) -> Pictures:
@@ -201,21 +206,22 @@ def _sizes(names: Sequence[Sequence[str]]) -> str:
 
 
 def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[str, Any], seed: int, purpose: str,
-                  settings: Mapping[str, Any], batch_size: int) -> tuple[Blocks, Callable[[range], Any]]:
+                  settings: Mapping[str, Any], batch_size: int,
+                  hooks: Sequence[Hook] = ()) -> tuple[Blocks, Callable[[range], Any]]:
     """Pictures that a system draws: picture i has seed ``seed + i`` and the i-th label, which came about by ``rule``.
 
     The count is no part of the request: asking for more goes on with what is there.
     """
     used = subject.system.settings_for(purpose, dict(settings))
     request = {"model": subject.fingerprint, "seed": seed, "settings": repr(used), "size": list(subject.size),
-               "labels": dict(rule)}
+               "labels": dict(rule), **({"hooks": [repr(hook) for hook in hooks]} if hooks else {})}
 
     def make(block: range) -> dict[str, Tensor]:
         rows_Bn = labels_Nn[block.start:block.stop]
         labels = [tuple(None if index == size else index for index, size in zip(row, subject.classes, strict=True))
                   for row in rows_Bn.tolist()]
         drawn = subject.system.generate(labels, seeds=[seed + i for i in block], purpose=purpose, output="torch",
-                                        batch_size=batch_size, progress=False, **settings)
+                                        batch_size=batch_size, progress=False, hooks=hooks, **settings)
         found = {"pictures": to_bytes(drawn.images), "labels": rows_Bn}
         return found if drawn.log_prob is None else {**found, "log_prob": drawn.log_prob.float().cpu()}
 

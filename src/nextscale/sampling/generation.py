@@ -30,8 +30,9 @@ class GuidedSettings:
 
     guidance_scale: u + scale (c - u) at the schedule's strongest step, 1 for none; guidance_schedule: ``ramp`` (VAR's:
     nothing at the first step, full at the last), ``linear`` (MAR's: the share of tokens drawn behind the step),
-    ``constant``, ``cosine`` (a ramp that is slow at both ends), or a number for every step, its share of what guidance
-    adds; temperature.
+    ``constant``, ``cosine`` (a ramp that is slow at both ends), ``power-cosine:1.5`` (RAR's: the larger its power, the
+    later it rises), ``interval:0.2:0.8`` (constant within these shares of the steps, nothing outside), or a number for
+    every step, its share of what guidance adds; temperature.
     """
 
     guidance_scale: float = 1.0

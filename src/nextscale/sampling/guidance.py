@@ -7,14 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import lru_cache
+from typing import Protocol
 
 from torch import Tensor
 
 from nextscale.errors import InputError
 from nextscale.run import At
 
-Schedule = Literal["ramp", "constant", "cosine", "linear"] | tuple[float, ...]
+Schedule = str | tuple[float, ...]
 """How the strength goes over the steps: by name, or as a share of the scale for every step."""
 
 SCHEDULES: dict[str, Callable[[At], float]] = {
@@ -25,12 +26,60 @@ SCHEDULES: dict[str, Callable[[At], float]] = {
 }
 
 
+def power_cosine(at: At, power: float) -> float:
+    """(1 - cos(pi (k / K)^power)) / 2 at step k of K: the larger the power, the later it rises; 0 is constant.
+
+    The convention of RAR (arXiv 2411.00776) and AliTok, so the last of few steps has not quite the full scale.
+    """
+    return (1 - math.cos(math.pi * (at.step / at.steps) ** power)) / 2
+
+
+def interval(at: At, low: float, high: float) -> float:
+    """Guidance where ``low`` <= progress <= ``high`` alone, 0 at the first step and 1 at the last: the interval of
+    noise levels of arXiv 2404.07724, over the steps of a plan."""
+    return 1.0 if low <= at.progress <= high else 0.0
+
+
+def _check_power(power: float) -> str | None:
+    return None if 0 <= power < math.inf else "its power must be at least 0 and finite"
+
+
+def _check_interval(low: float, high: float) -> str | None:
+    return None if 0 <= low <= high <= 1 else "its bounds must rise and lie in 0..1"
+
+
+WITH_NUMBERS: dict[str, tuple[str, Callable[..., float], Callable[..., str | None]]] = {
+    "power-cosine": ("power-cosine:1.5", power_cosine, _check_power),
+    "interval": ("interval:0.2:0.8", interval, _check_interval),
+}
+"""Schedules that take numbers: how they are written, the share at a step, what is wrong with the numbers."""
+
+
+@lru_cache
+def _named(schedule: str) -> Callable[[At], float]:
+    """A schedule by its name, with its numbers behind colons. Raises InputError where it is none."""
+    name, *given = schedule.split(":")
+    if name in SCHEDULES and not given:
+        return SCHEDULES[name]
+    if name not in WITH_NUMBERS:
+        known = ", ".join([*SCHEDULES, *(written for written, _, _ in WITH_NUMBERS.values())])
+        raise InputError(f"guidance_schedule {schedule!r} is unknown; use one of {known}, or a number for every step")
+    written, share, wrong_with = WITH_NUMBERS[name]
+    try:
+        numbers = [float(text) for text in given]
+    except ValueError:
+        numbers = []
+    if len(numbers) != written.count(":"):
+        raise InputError(f"guidance_schedule {schedule!r}: write it as {written}")
+    if wrong := wrong_with(*numbers):
+        raise InputError(f"guidance_schedule {schedule!r}: {wrong}")
+    return lambda at: share(at, *numbers)
+
+
 def check_schedule(schedule: Schedule) -> None:
     """Raises InputError for a name that isn't known, or shares that are none."""
     if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise InputError(f"guidance_schedule {schedule!r} is unknown; use one of {', '.join(SCHEDULES)}, or a "
-                             "number for every step")
+        _named(schedule)
     elif not schedule or not all(math.isfinite(share) for share in schedule):
         raise InputError(f"guidance_schedule {tuple(schedule)}: it must be a finite number for every step")
 
@@ -38,7 +87,7 @@ def check_schedule(schedule: Schedule) -> None:
 def share_of(schedule: Schedule, at: At) -> float:
     """The share of the scale at a step. Raises InputError where there are more or fewer numbers than steps."""
     if isinstance(schedule, str):
-        return SCHEDULES[schedule](at)
+        return _named(schedule)(at)
     if len(schedule) != at.steps:
         raise InputError(f"guidance_schedule: {len(schedule)} numbers are given for {at.steps} steps")
     return schedule[at.step]
@@ -159,6 +208,6 @@ class Nested:
         return total
 
 
-def make_guidance(scale: float, schedule: str | tuple[float, ...] = "ramp") -> Guidance:
+def make_guidance(scale: float, schedule: Schedule = "ramp") -> Guidance:
     """Guidance from settings: scale 1 is none."""
-    return Unguided() if scale == 1 else ClassifierFree(scale, schedule)  # type: ignore[arg-type]
+    return Unguided() if scale == 1 else ClassifierFree(scale, schedule)

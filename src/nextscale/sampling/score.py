@@ -57,5 +57,5 @@ def hidden_states(model: Model, plan: Plan, reads: Sequence[Tensor | None], cond
     """The one-call pass over all rows of a plan, (R, L, C)."""
     cond = torch.cat([condition.branch(name) for name in branches])
     call = teacher_forcing_call(model.generator, plan, reads, cond)
-    hidden: Tensor = model.generator(call, Context(None, hooks, branches=branches, plan=plan, network=model.generator))
-    return hidden
+    ctx = Context(None, hooks, branches=branches, plan=plan, network=model.generator)
+    return ctx.leave(call.rows, model.generator(call, ctx))

@@ -29,7 +29,7 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
     visibility promises as it goes.
     """
     prepare(model, run.plan, hooks)
-    guidance, filters = hooked(guidance, filters, hooks)
+    guidance, filters = hooked(guidance, filters, hooks, run)
     kwargs = {} if soft is None else {"soft": soft}
     last = walked(run.plan, hooks) if until is None else min(until, walked(run.plan, hooks))
     while run.cursor < last:
@@ -62,7 +62,8 @@ def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
     """What a head evaluates calls with: the network under the run's memory and hooks; kept rows are settled after."""
     def evaluate(call: Call) -> Tensor:
         run.memory.begin()
-        hidden: Tensor = generator(call, Context(run.memory, hooks, check, run.branches, run.plan, generator))
+        ctx = Context(run.memory, hooks, check, run.branches, run.plan, generator)
+        hidden = ctx.leave(call.rows, generator(call, ctx))
         run.settle(call.rows)
         return hidden
 
@@ -72,8 +73,9 @@ def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
     return found
 
 
-def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook]) -> tuple[Guidance, Sequence[Filter]]:
-    """Guidance and filters with the hooks that act before and behind the guidance."""
+def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook],
+           run: Run | None = None) -> tuple[Guidance, Sequence[Filter]]:
+    """Guidance and filters with the hooks that act before and behind the guidance, on a run or (None) in scoring."""
     before = [h for h in hooks if overrides(h, "output")]
     behind = [h.logits for h in hooks if overrides(h, "logits")]
     if not before:
@@ -81,7 +83,7 @@ def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook])
 
     def guided(outputs: dict[str, Tensor], at: At) -> Tensor:
         for hook in before:
-            outputs = hook.output(outputs, at)
+            outputs = hook.output(outputs, at, run)
         return guidance(outputs, at)
 
     return guided, (*behind, *filters)

@@ -94,7 +94,7 @@ class ControlledSystem(VAR):
         if scale is None:
             return make_guidance(used.guidance_scale, used.guidance_schedule)
         return Nested(("conditional", "unconditional", f"unconditional{UNCONTROLLED}"),
-                      (used.guidance_scale - 1, scale - 1), used.guidance_schedule)  # type: ignore[arg-type]
+                      (used.guidance_scale - 1, scale - 1), used.guidance_schedule)
 
     def with_control(self, hooks: Sequence[Hook], control: Any, labels: Sequence[Label] | Label, count: int | None,
                      options: Mapping[str, Any]) -> list[Hook]:

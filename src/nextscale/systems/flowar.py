@@ -96,7 +96,7 @@ class FlowAR(ContinuousSystem):
     def guidance(self, used: FlowARSettings) -> Guidance:
         if used.guidance_scale == 1:
             return Unguided()
-        return WithinTimes(used.guidance_scale, used.guidance_schedule, high=used.guidance_until)  # type: ignore
+        return WithinTimes(used.guidance_scale, used.guidance_schedule, high=used.guidance_until)
 
     def solver(self, used: FlowARSettings) -> Solve:
         """Euler's method under the settings. Raises InputError where they are not its own."""
