@@ -55,7 +55,7 @@ def infinity(kind: str) -> tuple[Tokenizer, dict[str, Tensor]]:
 
 
 def close(ours: Tensor, recorded: Tensor, limit: float) -> None:
-    torch.testing.assert_close(ours, recorded, rtol=0, atol=limit)
+    torch.testing.assert_close(ours, recorded.float(), rtol=0, atol=limit)
 
 
 @torch.no_grad()

@@ -189,6 +189,8 @@ REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("la
            ("heads", "window"), ("shared", "softcfg")}
 COMBINED = [name for name in HOOKS if name != "random"]  # else the same hook at another setting
 PAIRS = [Case(pair) for pair in itertools.combinations(COMBINED, 2) if pair not in REFUSED]
+# Rows pruned, memories shrunk and guidance softened at once; with two networks in test_collaborative.py.
+TOGETHER = Case(("pruned", "layers", "softcfg"))
 REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]
 WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in COMBINED))]
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
@@ -197,7 +199,7 @@ OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three
           Case(("layers",), "clean", previous_only=True),
           Case(("softcfg",), guidance="three"), Case(("softcfg", "diverse"), maps=2),
           Case(("layers", "softcfg"), previous_only=True)]
-CASES = [Case(), *SINGLE, *PAIRS, *REVERSED, *WITH_HEADS, *OTHERS]
+CASES = [Case(), *SINGLE, *PAIRS, TOGETHER, *REVERSED, *WITH_HEADS, *OTHERS]
 
 
 @functools.cache

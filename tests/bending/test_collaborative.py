@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import GUIDANCE, OTHERS, PAIRS, SINGLE, Case, finished, model, same_tokens
+from cases import GUIDANCE, OTHERS, PAIRS, SINGLE, TOGETHER, Case, finished, model, same_tokens
 
 from nextscale.acceleration.code_decoding import sample_collaboratively
 from nextscale.context import Hook
 from nextscale.run import Run
 
-CASES = [Case(), *SINGLE, *(case for case in OTHERS if case.head == "plain" and case.maps == 1)]
+CASES = [Case(), *SINGLE, TOGETHER, *(case for case in OTHERS if case.head == "plain" and case.maps == 1)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

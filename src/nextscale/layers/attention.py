@@ -96,6 +96,11 @@ def visibility_mask(sees: Sees, query: Tags, key: Tags) -> Any:
     if query.step.device.type == "cuda" and key.valid is None and key.step.ndim == 2 \
             and max(len(tags) for tags in (query.step, query.cell, key.step, key.cell)) == 1:
         return block_mask(sees, query, key)
+    return dense_mask(sees, query, key)
+
+
+def dense_mask(sees: Sees, query: Tags, key: Tags) -> Tensor:
+    """The same as booleans (1|R, 1|H, L, N)."""
     mask = sees(*pairs(query, key))
     return mask if key.valid is None else mask & by_head(key.valid)[:, :, None]
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nextscale.evaluation.bench.recorder import Recorder, recorded
 from nextscale.evaluation.cost import LiveBytes
+from nextscale.layers.attention import dense_mask
 
 _PACKED = "mkldnn._linear_pointwise"
 _ATTENTION = "attention"
@@ -190,18 +191,12 @@ def _like(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _dense_mask(sees: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor, valid: Tensor | None = None
-                ) -> Tensor:
-    mask = sees(query[:, :, None], key[:, None, :])[:, None]
-    return mask if valid is None else mask & valid[:, None, None, :]
-
-
 @contextmanager
 def counted(system: Any, ledger: Ledger) -> Iterator[Work]:
     """Count what a system draws inside. Masks are made dense while it lasts: a compiled kernel can't be looked into."""
     with ExitStack() as stack:
         stack.enter_context(recorded(system, ledger))
-        stack.enter_context(mock.patch("nextscale.context.visibility_mask", _dense_mask))
+        stack.enter_context(mock.patch("nextscale.context.visibility_mask", dense_mask))
         stack.enter_context(_Attentions(ledger))
         stack.enter_context(ledger)
         yield ledger.work
