@@ -264,3 +264,13 @@ def test_names_are_mapped_by_the_first_whole_match() -> None:
     tensors = {n: torch.zeros(1) for n in ("blocks.3.w", "blocks.3.w2", "x", "xx")}
     renamed, unknown = hub.rename(tensors, names)
     assert set(renamed) == {"layers.3.weight", "y"} and unknown == ["xx"]
+
+
+def test_weights_that_are_read_from_files_are_not_drawn_first(tmp_path: Path) -> None:
+    folders.save(tiny_var(), tmp_path / "model", torch.float32)
+    state = torch.get_rng_state()
+    loaded = folders.load(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tiny_var().parameters(), strict=True))
+    torch.nn.Linear(2, 2)
+    assert not torch.equal(torch.get_rng_state(), state)

@@ -15,11 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nextscale.errors import WeightsError
 
 NameMap = Sequence[tuple[str, str | None]]
 """Pairs (regular expression of the whole published name, our name), the first match counts; None drops the tensor."""
+
+
+class WithoutInitialisation(TorchFunctionMode):
+    """While it lasts, layers are made without drawing their first weights (``torch.nn.init`` does nothing): for weights
+    that are read from files, or only counted. They hold whatever was in memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def find_weights(where: str | Path) -> Path:

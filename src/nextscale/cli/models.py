@@ -76,9 +76,10 @@ def _show(name: str) -> None:
 def _millions(config: SystemConfig) -> str:
     import torch
 
+    from nextscale.hub import WithoutInitialisation
     from nextscale.systems.folders import build_system
 
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialisation():
         system = build_system(config)
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     rest = sum(p.numel() for p in system.parameters()) - tokenizer

@@ -69,7 +69,8 @@ def load(folder: Path, precision: str = "fp32") -> ClassConditionalSystem:
     """A system that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
     config = read_config(folder)
     try:
-        system = build_system(config)
+        with hub.WithoutInitialisation():
+            system = build_system(config)
     except Exception as error:  # sizes that cannot be, which every layer refuses in a way of its own
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{folder / 'config.json'} doesn't describe a model ({reason})") from None
