@@ -302,6 +302,8 @@ def test_convert_writes_a_folder_that_generates_what_the_published_files_do(
     assert run(shlex.split("convert var-tiny --tokenizer vae.pth --weights var.pth --out half --dtype bf16")) == 0
     sizes = [(work / name / "generator.safetensors").stat().st_size for name in ("folder", "half")]
     assert sizes[1] < 0.6 * sizes[0]
+    assert run(shlex.split("convert var-tiny --tokenizer vae.pth --weights var.pth --out int8 --dtype int8")) == 2
+    assert not (work / "int8").exists()
 
 
 def test_own_pictures_train_a_model_that_draws(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

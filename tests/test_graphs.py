@@ -133,7 +133,7 @@ def test_a_run_that_was_gathered_goes_on_by_itself_and_one_that_was_overwritten_
     assert all(torch.equal(a, b) for a, b in zip(other.tokens, begin(9, []).tokens, strict=True))
 
 
-@pytest.mark.parametrize("method", ["enter", "block", "residual", "attend"])
+@pytest.mark.parametrize("method", ["enter", "leave", "block", "residual", "leading", "attend", "read"])
 def test_hooks_inside_the_network_are_refused(method: str) -> None:
     inside = type("Inside", (Hook,), {method: lambda self, *given: given[-1]})()
     with pytest.raises(InputError, match="Inside acts inside the network"):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nextscale.acceleration.blocks import block_of, depth_of
 from nextscale.context import Context, Function, Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.memory import Memory
@@ -201,9 +202,9 @@ class FastVAR(Hook):
         memory, plan = ctx.remembered("fastvar"), ctx.plan
         if plan is None or ctx.network is None:
             raise InputError("fastvar: this pass doesn't say which plan and network it is of; leave it out")
-        block = self._block_of(ctx.network, address)
+        block = block_of(ctx.network, address)
         # A recurrence goes through all rows in their order.
-        if block is None or kind == "scan":
+        if block is None or kind == "scan" or block not in self.pruned_blocks(depth_of(ctx.network) or 0):
             return inner(x, rows)
         whole = rows.spans is not None and not any(self._prunes(plan, span.step) for span in rows.spans)
         if whole:
@@ -216,13 +217,6 @@ class FastVAR(Hook):
             else:
                 parts.append(self._full(memory, plan, address, kind, x[:, at], part, inner))
         return torch.cat(parts, 1)
-
-    def _block_of(self, network: Any, address: str) -> int | None:
-        """The number of a block of the network that is pruned; None for others, such as a control tower's."""
-        name, _, number = address.rpartition(".")
-        if name != network.name or int(number) not in self.pruned_blocks(depth_of(network) or 0):
-            return None
-        return int(number)
 
     @property
     def _restores(self) -> bool:
@@ -269,11 +263,3 @@ def _whole_step(plan: Plan, span: Span) -> Step:
     if span.hi - span.lo != step.rows:
         raise InputError("fastvar: the step's rows were selected already; use one pruning hook a run")
     return step
-
-
-def depth_of(network: Any) -> int | None:
-    """How many blocks a network has, by its configuration; None where that doesn't say."""
-    depth = getattr(getattr(network, "config", None), "depth", None)
-    if isinstance(depth, tuple):
-        return sum(depth)
-    return depth if isinstance(depth, int) else None

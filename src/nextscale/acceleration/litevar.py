@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nextscale.acceleration.blocks import block_of, depth_of
 from nextscale.acceleration.budgets import read_json
 from nextscale.acceleration.calibration import Observed, Statistic, grid_of, measure
 from nextscale.acceleration.memory_policy import MemoryPolicy
@@ -144,6 +145,7 @@ class LiteVAR(Hook):
     dense: int = 4
     share: tuple[int, ...] = ()
     calibration: str | dict[str, Any] = ""
+
     def __post_init__(self) -> None:
         reaches, dense, shared = self.parts
         if self.calibration and (self.window != 1 or self.share):
@@ -188,8 +190,7 @@ class LiteVAR(Hook):
         if any(step.count is not None for step in plan):
             raise InputError("litevar: a step of this plan predicts a part of its grid, and windows are over whole "
                              "maps; leave it out")
-        depth = getattr(getattr(model.generator, "config", None), "depth", 0)
-        depth = sum(depth) if isinstance(depth, tuple) else depth
+        depth = depth_of(model.generator) or 0
         reaches = self.parts[0]
         if reaches and (len(reaches) != depth or any(len(layer) != len(plan) for layer in reaches)):
             raise InputError(f"litevar: the calibration is for {len(reaches)} blocks and {len(reaches[0])} steps, the "
@@ -249,12 +250,6 @@ class LiteVAR(Hook):
         """Whether memory need not hold the other branches' keys: it does in a run that began without sharing."""
         held = None if ctx.memory is None else ctx.memory.groups.get(address)
         return held is None or len(held[0].k) == first
-
-
-def block_of(network: Any, address: str) -> int | None:
-    """The number of a network's block by the address of its attention, ``name.i.kv``; None for others'."""
-    name, _, number = address.removesuffix(".kv").rpartition(".")
-    return int(number) if name == network.name and number.isdecimal() else None
 
 
 def _read(calibration: str | Mapping[str, Any]) -> tuple[tuple[tuple[float, ...], ...], int, frozenset[int]]:

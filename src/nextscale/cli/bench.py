@@ -32,7 +32,7 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")] = 1,
     dtype: Annotated[
         list[options.Precision] | None,
-        typer.Option("--dtype", help="fp32 or bf16. May be repeated.", show_default="fp32"),
+        typer.Option("--dtype", help="fp32, bf16 or int8. May be repeated.", show_default="fp32"),
     ] = None,
     schedule: options.Grids = None,
     hook: options.Hooks = None,

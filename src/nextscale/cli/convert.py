@@ -22,9 +22,7 @@ def convert(
     drafter: Annotated[
         str | None, typer.Option("--drafter", help="Published drafter of a code pair: a file, or owner/name/file.")
     ] = None,
-    dtype: Annotated[
-        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
-    ] = options.Precision.fp32,
+    dtype: options.FileFormatOption = options.FileFormat.fp32,
 ) -> None:
     """Turn published .pth files into a folder of safetensors that --model and nextscale.load read.
 
@@ -61,7 +59,7 @@ def convert(
         except WeightsError as error:
             raise WeightsError(f"{files[part]}, read as {model}'s {part}: {error}") from None
     with writing_folder(out) as temporary:
-        folders.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
+        folders.save(system, temporary, torch.float32 if dtype is options.FileFormat.fp32 else torch.bfloat16)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     typer.echo(f"{out}: {model} in {dtype.value}, {size:,.0f} MB")
 

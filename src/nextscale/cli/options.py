@@ -31,6 +31,16 @@ class Precision(str, Enum):
     int8 = "int8"
 
 
+class FileFormat(str, Enum):
+    """In which number format weights are written."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+FileFormatOption = Annotated[
+    FileFormat, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
+]
 Model = Annotated[str, typer.Option("--model", help="A name that `nextscale models` lists, or a model's folder.")]
 Labels = Annotated[
     list[str] | None,

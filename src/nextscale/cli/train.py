@@ -160,9 +160,7 @@ def merge(
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,
-    dtype: Annotated[
-        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
-    ] = options.Precision.bf16,
+    dtype: options.FileFormatOption = options.FileFormat.bf16,
 ) -> None:
     """Write adapters into the model that they were trained on, as a model for generate, edit and load.
 
@@ -182,9 +180,7 @@ def pair(
     refiner: Annotated[str, typer.Option("--refiner", help="The model that draws the others: folder or name.")],
     draft_steps: Annotated[int, typer.Option("--draft-steps", help="How many scales are drafted.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
-    dtype: Annotated[
-        options.Precision, typer.Option("--dtype", help="fp32 keeps every bit, bf16 takes half the space.")
-    ] = options.Precision.bf16,
+    dtype: options.FileFormatOption = options.FileFormat.bf16,
 ) -> None:
     """Write two trained VARs as one model that draws by both (CoDe), without training.
 
@@ -200,7 +196,7 @@ def pair(
     _check_new(out)
     system = paired(options.open_model(drafter), options.open_model(refiner), draft_steps)
     with writing_folder(out) as temporary:
-        folders.save(system, temporary, torch.float32 if dtype is options.Precision.fp32 else torch.bfloat16)
+        folders.save(system, temporary, torch.float32 if dtype is options.FileFormat.fp32 else torch.bfloat16)
     typer.echo(f"{out}: done")
 
 

@@ -33,7 +33,7 @@ class Graph(Protocol):
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
 """Records work, which may be run several times: what replays it, and the tensor that its result is written to."""
 
-INSIDE = ("enter", "block", "residual", "attend")
+INSIDE = ("enter", "leave", "block", "residual", "leading", "attend", "read")
 """What a hook does inside the network, where a replay runs no Python."""
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nextscale.errors import InputError
+from nextscale.layers import quantised
 from nextscale.layers.bf16_training import has_blocked_products
 from nextscale.layers.linear import Linear
 from nextscale.plan import Plan
@@ -70,7 +71,7 @@ def needs(system: Any, plan: Plan, branches: int) -> Needs:
 
 def weight_bytes(system: nn.Module) -> int:
     """Of all parameters and buffers, and of the copies in blocks that products in bfloat16 make on a CPU."""
-    total = sum(tensor.nbytes for tensor in (*system.parameters(), *system.buffers()))
+    total = quantised.weight_bytes(system)
     for layer in system.modules():
         weight = layer.weight if isinstance(layer, Linear) else None
         if weight is not None and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" \
