@@ -9,7 +9,7 @@ import typer
 from nextscale.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from nextscale.systems.class_conditional import SystemConfig
+    from nextscale.systems.system import Config
 
 
 def list_models(
@@ -68,12 +68,12 @@ def _show(name: str) -> None:
                f" ({config.tokenizer.plan.length} {of})")
     for purpose, settings in config.settings.items():
         typer.echo(f"{purpose:11s} {', '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
-    for kind, size in enumerate(config.classes):
+    for kind, size in enumerate(getattr(config, "classes", ())):
         names = config.class_names[kind] if kind < len(config.class_names) else ()
         typer.echo(f"label {kind}     {', '.join(names) if names else f'an index from 0 to {size - 1}'}")
 
 
-def _millions(config: SystemConfig) -> str:
+def _millions(config: Config) -> str:
     import torch
 
     from nextscale.hub import WithoutInitialisation

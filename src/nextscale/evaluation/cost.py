@@ -108,7 +108,7 @@ def cost_of(system: Any, labels: Any = None, count: int | None = None, peak: boo
     finally:
         for handle in handles:
             handle.remove()
-    parts = [system.generator, system.head, system.labels, *(getattr(system, name) for name in system.further)]
+    parts = [getattr(system, name) for name in (*system.transformer_parts, *system.further)]
     parameters = sum(p.numel() for part in parts for p in part.parameters())
     return Cost(len(drawn.seeds), parameters, seen["steps"], seen["evaluations"], seen["rows"], seen["head"],
                 seen["memory"], seen["peak"] if peak else None, time.perf_counter() - began)

@@ -13,21 +13,21 @@ from nextscale import hub
 from nextscale.configuration import build
 from nextscale.errors import InputError, WeightsError, did_you_mean
 from nextscale.registry import import_target, models, resolve, weights_of
-from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig, Transformer
+from nextscale.systems.system import Config, System, Transformer
 
 TOKENIZER_STATISTICS = (r"quantiser\.(usage_KV|assigned.*)",)
 """What published tokenizers may lack: only a training from these weights would want it."""
 
 
-def system_type(slug: str) -> type[ClassConditionalSystem]:
+def system_type(slug: str) -> type[System]:
     """The class of a system, by slug. Raises InputError where there is none, or none that has folders."""
     found = resolve(slug)
-    if not (isinstance(found, type) and issubclass(found, ClassConditionalSystem)):
+    if not (isinstance(found, type) and issubclass(found, System)):
         raise InputError(f"{slug!r} is no system that is trained, saved and loaded here")
     return found
 
 
-def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torch.bfloat16,
+def save(system: System, folder: Path, dtype: torch.dtype = torch.bfloat16,
          tokenizer_dtype: torch.dtype | None = None) -> None:
     """Write ``config.json``, ``tokenizer.safetensors``, ``generator.safetensors`` and a file for every further part
     into a folder, in ``dtype`` where nothing must stay in float32.
@@ -48,14 +48,17 @@ def save(system: ClassConditionalSystem, folder: Path, dtype: torch.dtype = torc
     hub.save_json({"system": slug, **asdict(system.config)}, folder / "config.json")
 
 
-def files_of(system: ClassConditionalSystem) -> dict[str, nn.Module]:
+def files_of(system: System) -> dict[str, nn.Module]:
     """What a system's weights files hold, by their names."""
     return {"tokenizer": system.tokenizer, "generator": Transformer(system),
             **{name: getattr(system, name) for name in system.further}}
 
 
-def read_config(folder: Path) -> SystemConfig:
-    """The configuration of a model's folder, without its weights. Raises WeightsError, InputError on wrong files."""
+def read_config(folder: Path) -> Any:
+    """The configuration, of its system's type, of a model's folder, without its weights.
+
+    Raises WeightsError, InputError on wrong files.
+    """
     config = hub.read_json(folder / "config.json")
     slug = config.pop("system", "var")
     try:
@@ -65,7 +68,7 @@ def read_config(folder: Path) -> SystemConfig:
     return build(kind.config_type, config, str(folder / "config.json"))
 
 
-def load(folder: Path, precision: str = "fp32") -> ClassConditionalSystem:
+def load(folder: Path, precision: str = "fp32") -> System:
     """A system that ``save`` wrote. Raises WeightsError where files are missing, damaged or don't fit."""
     config = read_config(folder)
     try:
@@ -81,13 +84,13 @@ def load(folder: Path, precision: str = "fp32") -> ClassConditionalSystem:
     return system.to_precision(precision)
 
 
-def build_system(config: SystemConfig) -> ClassConditionalSystem:
+def build_system(config: Config) -> System:
     """A system of a configuration, with weights as its layers make them."""
     return system_type(config.slug)(config).eval()
 
 
-def load_published(system: ClassConditionalSystem, tokenizer: Any = None,
-                   generator: Any = None, **further: Any) -> ClassConditionalSystem:
+def load_published(system: System, tokenizer: Any = None,
+                   generator: Any = None, **further: Any) -> System:
     """Fill a system with published weights: state dicts, local paths, or ``owner/name/file`` of the Hugging Face hub.
 
     Any may be left out; further: of the system's further parts, by name. Raises WeightsError naming the tensors that
@@ -119,12 +122,12 @@ def shipped_folder(name: str) -> Path:
     return folder
 
 
-def shipped(name: str) -> ClassConditionalSystem:
+def shipped(name: str) -> System:
     """A trained model that comes with the package."""
     return load(shipped_folder(name))
 
 
-def model_config(name: str) -> SystemConfig | None:
+def model_config(name: str) -> Any:
     """The configuration of a model by name or folder, without its weights; None for a model of another package, which
     tells about itself. Raises InputError on names that are none."""
     if Path(name).is_dir():

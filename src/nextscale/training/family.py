@@ -18,7 +18,7 @@ from nextscale.configuration import build
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.errors import InputError
 from nextscale.systems import folders
-from nextscale.systems.class_conditional import ClassConditionalSystem
+from nextscale.systems.system import System
 from nextscale.training.generator_recipe import GeneratorTraining, train_generator
 from nextscale.training.journal import read_metrics
 from nextscale.training.token_recipe import training_tokens
@@ -102,7 +102,7 @@ def non_embedding_parameters(generator: nn.Module) -> int:
 
 
 @torch.no_grad()
-def measure(system: ClassConditionalSystem, tokens_NL: Tensor, labels_Nn: Tensor, batch: int = 64) -> dict[str, float]:
+def measure(system: System, tokens_NL: Tensor, labels_Nn: Tensor, batch: int = 64) -> dict[str, float]:
     """Held-out nats a token and share of wrong guesses, over all scales and at the last one (VAR's L and Err)."""
     rows_K = torch.tensor([step.rows for step in system.plan], dtype=torch.float64)
     nats_K = torch.zeros(len(rows_K), dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
 from nextscale.errors import InputError
-from nextscale.systems.class_conditional import ClassConditionalSystem
+from nextscale.systems.system import System
 from nextscale.training.prefix import Prefix
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
 from nextscale.training.utilisation import MatrixProduct, Utilisation
@@ -41,7 +41,7 @@ class GeneratorTask:
     phases: tuple[str, ...] = ("main",)
     uses_all_parameters = True
 
-    def __init__(self, system: ClassConditionalSystem, label_dropout: float = 0.1, part_dropout: float = 0.1,
+    def __init__(self, system: System, label_dropout: float = 0.1, part_dropout: float = 0.1,
                  label_smoothing: float = 0.0,
                  step_weights: tuple[float, ...] | Literal["equal"] | None = None,
                  validation: tuple[Tensor, ...] | None = None, sheet_labels: Any = None,
@@ -69,9 +69,8 @@ class GeneratorTask:
         networks: list[Any] = [module for module in system.modules() if hasattr(module, "checkpointing")]
         for network in networks:
             network.checkpointing = checkpointing
-        self.parts: dict[str, nn.Module] = {"generator": system.generator, "head": system.head,
-                                            "labels": system.labels,
-                                            **{name: getattr(system, name) for name in system.further}}
+        self.parts: dict[str, nn.Module] = {name: getattr(system, name)
+                                            for name in (*system.transformer_parts, *system.further)}
         self.modules = {name: part for name, part in self.parts.items()
                         if any(p.requires_grad for p in part.parameters())}
         for name in self.parts.keys() - self.modules.keys():

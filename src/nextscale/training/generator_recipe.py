@@ -184,7 +184,7 @@ def control_config(wanted: GeneratorTraining) -> Any:
 def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
                   names: tuple[tuple[str, ...], ...]) -> SystemConfig:
     """The configuration of the system that a recipe trains. Raises InputError on wrong keys and values."""
-    kind = folders.system_type(wanted.system).config_type
+    kind: Any = folders.system_type(wanted.system).config_type
     if wanted.start and not wanted.generator:
         network = folders.read_config(_start_folder(wanted.start)).generator
     else:
