@@ -32,7 +32,7 @@ from nextscale.tokenizers import pyramid  # noqa: E402
 INPUTS = ("image", "control_image", "labels", "latent", "latents", "mask_positions", "*uniform*", "*noise*",
           "loss_time", "loss_time.*", "*orders", "*.x_T.*", "train_t", "train_label_drop", "train_labels",
           "train_big_rate", "train_pivots_off", "small_latents", "small_t", "big_t", "*x_T", "head_x0", "head_z",
-          "head_t", "step_x", "step_z", "inpaint.known")
+          "head_t", "step_x", "step_z", "inpaint.known", "*.text", "*bsc_flip_mask*", "*.encoder_features")
 
 GOLDENS = sorted(FOLDER.glob("*.json"))
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]

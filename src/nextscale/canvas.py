@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextscale.errors import InputError
-from nextscale.layers.resize import ResizeRule, resize
+from nextscale.layers.resize import ResizeRule
 from nextscale.plan import Plan, raster
 
 
@@ -38,6 +38,10 @@ class Codec(Protocol):
 
     def leftover(self, rest: Tensor, contribution: Tensor) -> Tensor:
         """What later steps have to code, from what this one had and its contribution."""
+        ...
+
+    def resize(self, map_BCHW: Tensor, grid: tuple[int, int], rule: ResizeRule) -> Tensor:
+        """A map (B, C, H, W) at another grid."""
         ...
 
     def target(self, step: int, plan: Plan, latent: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class Canvas:
         all cells of it, also where the step predicts some."""
         at = self.plan.steps[step]
         maps = self.value.reshape(-1, self.codec.latent_width, *self.value.shape[-2:])
-        small = resize(maps, at.grid, self.codec.read_rule)
+        small = self.codec.resize(maps, at.grid, self.codec.read_rule)
         return small.flatten(2).transpose(1, 2).reshape(self.value.shape[0], -1, self.codec.latent_width)
 
     def map(self, index: int = -1) -> Tensor:

@@ -168,13 +168,20 @@ class Sample:
 class Condition(Protocol):
     """What the pictures are of, bound to the pictures of a run; builds every branch that a guidance names."""
 
-    def branch(self, name: str) -> Tensor:
-        """The condition of one branch, (B, D)."""
+    def branch(self, name: str) -> Any:
+        """The condition of one branch, (B, D), or what else the generator takes: a named tuple of tensors with a
+        leading B, whose type can ``join`` several."""
         ...
 
     def gather(self, items: Tensor) -> Condition:
         """The conditions of the pictures ``items``."""
         ...
+
+
+def conditions(condition: Condition, branches: Sequence[str]) -> Any:
+    """The conditions of all rows of a batch, branch-major."""
+    found = [condition.branch(name) for name in branches]
+    return torch.cat(found) if isinstance(found[0], Tensor) else type(found[0]).join(found)
 
 
 @dataclass
@@ -227,9 +234,9 @@ class Run:
     def at(self) -> At:
         return At.of(self.plan, self.cursor)
 
-    def conditions(self) -> Tensor:
-        """The conditions of all rows of the batch, branch-major, (R, D)."""
-        return torch.cat([self.condition.branch(name) for name in self.branches])
+    def conditions(self) -> Any:
+        """The conditions of all rows of the batch, branch-major."""
+        return conditions(self.condition, self.branches)
 
     def rows(self, first: int, last: int, keep: int | None = -1, cond: Any = None) -> Rows:
         """Rows of the steps ``first`` up to ``last``; by default all of them stay in memory.

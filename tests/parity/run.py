@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import bitwise_checks
 import flow_checks
 import masked_checks
 import numpy as np
@@ -128,9 +129,10 @@ class Checks:
         if ours.shape != wanted.shape or not torch.allclose(ours.double(), wanted.double(), rtol=1e-6, atol=1e-6):
             self._say(what, f"{ours.tolist()} instead of {wanted.tolist()}", False)
 
-    def tokens(self, name: str, ours: Tensor, excused: Tensor) -> bool:
-        """Equal, or excused where both candidates are as good as equal. Returns whether all are equal."""
-        wanted = self.recorded[name]
+    def tokens(self, name: str, ours: Tensor, excused: Tensor, pictures: int | None = None) -> bool:
+        """Equal, or excused where both candidates are as good as equal; pictures: how many are compared. Returns whether
+        all are equal."""
+        wanted = self.recorded[name][:pictures]
         if ours.numel() != wanted.numel():
             self._say(name, f"{ours.numel()} tokens instead of {wanted.numel()}", False)
             return False
@@ -218,7 +220,7 @@ def check_tokenizer(checks: Checks, system: ClassConditionalSystem, recorded: di
     given = series(recorded, ("tokens",), steps)
     if given is None:
         return
-    wanted = [t.long().view(len(image), -1) for t in given[1]]
+    wanted = [t.long().flatten(1)[:len(image)] for t in given[1]]  # pictures may be of the first alone
     codes_VC, ties = tokenizer.quantiser.codebook.weight, []
 
     def follow(k: int, found: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ def check_tokenizer(checks: Checks, system: ClassConditionalSystem, recorded: di
     found = pyramid.encode(latent, canvas, lambda k, z: tokenizer.quantiser.nearest(z), follow, compare)
     for k in range(steps):
         none = torch.zeros(found.tokens[k].numel(), dtype=torch.bool)
-        checks.tokens(f"tokens.{k}", found.tokens[k], ties[k] if ties else none)
+        checks.tokens(f"tokens.{k}", found.tokens[k], ties[k] if ties else none, len(image))
 
 
 def check_teacher_forcing(checks: Checks, system: ClassConditionalSystem, recorded: dict[str, Tensor],
@@ -250,7 +252,8 @@ def check_teacher_forcing(checks: Checks, system: ClassConditionalSystem, record
     canvas = Canvas.empty(system.plan, system.tokenizer.quantiser, len(tokens[0]))
     replayed = pyramid.replay(tokens, canvas)
     checks.close("var_input", lambda: torch.cat([r for r in replayed.reads if r is not None], 1))
-    checks.close("reconstruction", lambda: system.tokenizer.decode(replayed.canvas))
+    checks.close("reconstruction", lambda: system.tokenizer.decode(replayed.canvas)[:len(checks.recorded[
+        "reconstruction"])])
     condition = ClassCondition(system.labels, labels_B1)
     checks.close("teacher_forced_logits", lambda: system.head(
         hidden_states(system, system.plan, replayed.reads, condition, ("conditional",))))
@@ -605,6 +608,7 @@ def counted(check: Callable[[Checks, dict[str, dict[str, Tensor]], dict], None]
 CHECKS = {"var": check_var, "flexvar": check_flexvar, "hmar": check_hmar, "m_var": check_m_var,
           "car": check_car, "code_decoding": check_code_decoding,
           "flowar": counted(flow_checks.check_flowar), "xar": counted(flow_checks.check_xar),
+          "infinity": counted(bitwise_checks.check_infinity),
           "mar": counted(masked_checks.check_mar), "himar": counted(masked_checks.check_himar)}
 
 

@@ -45,7 +45,7 @@ def _row(name: str) -> tuple[str, str, str, str]:
         return name, "", "", "not in this installation"
     if config is None:
         return name, "", "", f"another package's ({models()[name]})"
-    side = config.tokenizer.autoencoder.factor
+    side = config.tokenizer.factor
     height, width = (side * n for n in config.tokenizer.grids[-1])
     if needs_weights(name):
         weights = "published files: --weights, --tokenizer-weights, or convert"

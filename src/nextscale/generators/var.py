@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +71,16 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         else:
             q, k, v = unit_heads(qkv, self.scale_1H11.clamp_max(math.log(100.0)).exp())
+        q, k = self.turned(q, k, rows, ctx)
         ctx.offer("bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
             -1, (self.heads, -1)).transpose(1, 2), rows)
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
         y = self.projection(out.transpose(1, 2).reshape(r, length, c))
         return y if r == batch else y.repeat(batch // r, 1, 1)
+
+    def turned(self, q: Tensor, k: Tensor, rows: Rows, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (R, H, L, E) as the rows' places change them; as they are where rows know their places."""
+        return q, k
 
 
 class Block(nn.Module):
@@ -84,10 +90,11 @@ class Block(nn.Module):
     """
 
     modulations = 6
+    attention_type: type[SelfAttention] = SelfAttention
 
     def __init__(self, config: VARGeneratorConfig, drop: float):
         super().__init__()
-        self.attention = SelfAttention(config)
+        self.attention = self.attention_type(config)
         self.mlp = MLP(config.width, config.mlp_ratio)
         self.drop = drop
         if config.shared_modulation:
@@ -111,8 +118,12 @@ class Block(nn.Module):
         def mlp(x: Tensor, rows: Rows) -> Tensor:
             return drop_path(gate2 * self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
 
-        x = ctx.residual(address, "attention", x, attention, rows)
+        x = self.between(ctx.residual(address, "attention", x, attention, rows), rows, ctx, address)
         return ctx.residual(address, "mlp", x, mlp, rows)
+
+    def between(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
+        """What a block has between its attention and its MLP."""
+        return x
 
 
 class VARGenerator(nn.Module):
@@ -168,22 +179,27 @@ class VARGenerator(nn.Module):
                 start = block.attention.q_bias.new_full((1, self.config.heads, 1, 1), math.log(4.0))
                 block.attention.scale_1H11 = nn.Parameter(start) if wanted else None
 
-    def content(self, reads: Sequence[Tensor | None], cond_RD: Tensor) -> Tensor:
+    def vector(self, cond: Any) -> Tensor:
+        """What of the rows' condition becomes the first row and steers the norms, (R, C)."""
+        found: Tensor = cond
+        return found
+
+    def content(self, reads: Sequence[Tensor | None], cond: Any) -> Tensor:
         """Rows (R, L, C) of some steps before they are told where they are: W read + b; the first step's rows, whose
         input is None, are the condition plus a learned start."""
-        dtype, copies = self.word.weight.dtype, 1
+        dtype, copies, first_RC = self.word.weight.dtype, 1, self.vector(cond)
         known = [r for r in reads if r is not None]
         if known:
-            copies = len(cond_RD) // len(known[0])
+            copies = len(first_RC) // len(known[0])
         parts = [self.word(r.to(dtype)).repeat(copies, 1, 1) for r in known]
         if len(known) < len(reads):
-            parts.insert(0, cond_RD[:, None] + self.start.to(dtype))
+            parts.insert(0, first_RC[:, None] + self.start.to(dtype))
         return torch.cat(parts, 1)
 
-    def embed(self, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Tensor, first: int, last: int) -> Tensor:
+    def embed(self, plan: Plan, reads: Sequence[Tensor | None], cond: Any, first: int, last: int) -> Tensor:
         """Rows x (R, L, C) of the steps ``first..last`` of a plan from their inputs (B, L_k, latent_width): ``content``
         plus position and level."""
-        return self.content(reads[first:last], cond_RD) + self.positions(plan, first, last).to(self.word.weight.dtype)
+        return self.content(reads[first:last], cond) + self.positions(plan, first, last).to(self.word.weight.dtype)
 
     @property
     def remembered(self) -> tuple[str, ...]:
@@ -209,7 +225,7 @@ class VARGenerator(nn.Module):
         rows = call.rows
         x = self._through(self.blocks, call.x, rows, ctx, self.name, self._shared(rows, ctx))
         scale, shift = ctx.once(f"{self.name}.head_modulation",
-                                lambda: tuple(self.head_modulation(rows.cond).unbind(2)))
+                                lambda: tuple(self.head_modulation(self.vector(rows.cond)).unbind(2)))
         return modulated_norm(x, scale, shift)
 
     def memory_bytes(self, plan: Plan, branches: int) -> int:
@@ -238,7 +254,8 @@ class VARGenerator(nn.Module):
     def _shared(self, rows: Rows, ctx: Context) -> Tensor | None:
         """The modulation that all blocks share, where they do."""
         layer = self.shared_modulation
-        return None if layer is None else ctx.once(f"{self.name}.shared_modulation", lambda: layer(rows.cond))
+        return None if layer is None else ctx.once(f"{self.name}.shared_modulation",
+                                                   lambda: layer(self.vector(rows.cond)))
 
     def _through(self, blocks: Iterable[nn.Module], x: Tensor, rows: Rows, ctx: Context, name: str,
                  shared: Tensor | None) -> Tensor:

@@ -63,8 +63,12 @@ class CategoricalHead(nn.Linear):
         """One token a position from logits (B, L, V), at steps (B|1, L) and cells (B|1, L, 3)."""
         uniform_BL = noise.uniform("token", step, round, cells)[..., 0]
         tokens = inverse_cdf(logits, uniform_BL, exact=isinstance(noise, Recorded))
-        log_prob = token_log_prob(logits, tokens)
+        log_prob = self.log_prob(logits, tokens)
         return Sample(tokens, log_prob, log_prob.exp())
+
+    def log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """What ``token_log_prob`` says."""
+        return token_log_prob(logits, tokens)
 
 
 def token_log_prob(logits: Tensor, tokens: Tensor) -> Tensor:

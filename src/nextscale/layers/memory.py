@@ -289,7 +289,7 @@ class Memory:
         self.advanced |= {f"{address}.{i}": value for i, value in enumerate(state)}
 
     def constant(self, address: str, make: Callable[[], Any]) -> Any:
-        """A value computed once a run: a tensor with a leading R or 1, or a tuple of such tensors."""
+        """A value computed once a run: a tensor with a leading R or 1, or a tuple, named or not, of such tensors."""
         if address not in self.constants:
             self.constants[address] = make()
         return self.constants[address]
@@ -298,7 +298,8 @@ class Memory:
         """An independent copy for other rows of the batch, in that order."""
         def pick(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(pick(v) for v in value)
+                found = [pick(v) for v in value]
+                return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
             return value[rows_R] if len(value) > highest else value  # a leading 1 is shared by all rows
 
         highest = int(rows_R.max()) if len(rows_R) else 0

@@ -13,10 +13,11 @@ from nextscale.plan import Plan, places
 from nextscale.run import Call, Rows
 
 
-def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Tensor) -> Call:
+def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Any) -> Call:
     """All rows of a plan in one call, under the plan's visibility; every row predicts.
 
-    reads: (B, L_k, latent_width) a step, None for the first; cond_RD: conditions, branch-major.
+    reads: (B, L_k, latent_width) a step, None for the first; cond_RD: conditions, branch-major, as ``Run.conditions``
+    has them.
     """
     cell_1L3, step_1L = places(plan, cond_RD.device)
     cond = cond_RD.to(generator.word.weight.dtype)
@@ -34,24 +35,24 @@ def _mask(plan: Plan, device: torch.device) -> dict[Any, Any]:
     return ctx.scratch
 
 
-def teacher_forced(generator: Any, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Tensor,
+def teacher_forced(generator: Any, plan: Plan, reads: Sequence[Tensor | None], cond_RD: Any,
                    hooks: Sequence[Hook] = ()) -> Tensor:
     """Hidden states (R, L, C) of the one call, its mask made once for all calls of a plan."""
     call = teacher_forcing_call(generator, plan, reads, cond_RD)
-    hidden: Tensor = generator(call, masked_context(plan, cond_RD, hooks))
+    hidden: Tensor = generator(call, masked_context(plan, call.x, hooks))
     return hidden
 
 
 def masked_context(plan: Plan, like: Tensor, hooks: Sequence[Hook] = ()) -> Context:
     """A context without memory for one call of all rows of a plan, on a tensor's device, with the mask made."""
-    ctx = Context(None, hooks)
+    ctx = Context(None, hooks, plan=plan)
     if plan.visible.previous != 0:  # rows that see their own step alone need no mask
         ctx.scratch.update(_mask(plan, like.device))
     return ctx
 
 
 def teacher_forcing_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence[Tensor],
-                         reads: Sequence[Tensor | None], cond_BD: Tensor, step_weights: Sequence[float] | None = None,
+                         reads: Sequence[Tensor | None], cond_BD: Any, step_weights: Sequence[float] | None = None,
                          label_smoothing: float = 0.0, hooks: Sequence[Hook] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of all tokens given the true tokens of all earlier steps.
 

@@ -104,7 +104,7 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True)
 class Unguided:
-    """One branch, as it is."""
+    """The conditional branch as it is. Other branches are for what is guided inside of the network."""
 
     branches: tuple[str, ...] = ("conditional",)
 

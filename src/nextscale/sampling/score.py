@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
-from nextscale.heads.categorical import Filter, Guidance, token_log_prob
+from nextscale.heads.categorical import Filter, Guidance
 from nextscale.objectives.teacher_forcing import teacher_forcing_call
 from nextscale.plan import Plan
-from nextscale.run import At, Condition
+from nextscale.run import At, Condition, conditions
 from nextscale.sampling.steps import Model, hooked, prepare
 
 
@@ -47,7 +47,7 @@ def score(model: Model, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Te
     for span in plan.spans(first, last):
         at_step = {name: logits[:, span.lo:span.hi] for name, logits in outputs.items()}
         logits = model.head.distribution(at_step, At.of(plan, span.step), guidance, filters)
-        parts.append(token_log_prob(logits, tokens[span.step]))
+        parts.append(model.head.log_prob(logits, tokens[span.step]))
     steps = torch.stack([p.sum(1) for p in parts], 1)
     return LogProb(torch.cat(parts, 1), steps, steps.sum(1))
 
@@ -55,7 +55,6 @@ def score(model: Model, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Te
 def hidden_states(model: Model, plan: Plan, reads: Sequence[Tensor | None], condition: Condition,
                   branches: Sequence[str], hooks: Sequence[Hook] = ()) -> Tensor:
     """The one-call pass over all rows of a plan, (R, L, C)."""
-    cond = torch.cat([condition.branch(name) for name in branches])
-    call = teacher_forcing_call(model.generator, plan, reads, cond)
+    call = teacher_forcing_call(model.generator, plan, reads, conditions(condition, branches))
     ctx = Context(None, hooks, branches=branches, plan=plan, network=model.generator)
     return ctx.leave(call.rows, model.generator(call, ctx))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.errors import InputError, MissingExtraError
-from nextscale.layers.resize import ResizeRule, resize
+from nextscale.layers.resize import ResizeRule
 from nextscale.parallel import total
 from nextscale.tokenizers.config import MOST_INDEX_BITS, TokenizerConfig
 from nextscale.tokenizers.quantiser import MOST_COUNTED, Quantiser, StraightThrough
@@ -58,7 +58,7 @@ class Bits(Quantiser):
         return (bits.float() * 2 - 1) * self.scale
 
     def contribution(self, step: int, steps: int, codes_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-        return resize(codes_BCHW, grid, "bilinear")
+        return self.resize(codes_BCHW, grid, "bilinear")
 
     def quantise(self, z_BCHW: Tensor) -> Tensor:
         """Tokens of a map (B, C, h, w): indices (B, h * w) or bits (B, h * w, C), as the configuration says."""
@@ -109,18 +109,21 @@ class SphericalBits(Bits):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
-        self.scale = self.latent_width**-0.5
+        self.scale = config.autoencoder.latent_width**-0.5
 
     def straight_through(self, z_NC: Tensor, entropy: bool) -> StraightThrough:
         """commitment = |u - sg(code)|^2 a channel; entropy = E[sum_j H(p_j)] - sum_j H(E[p_j]) with
         p_j = sigmoid(400 u_j / sqrt(C)), the probability of bit j under a softmax over distances at temperature
         0.01."""
-        u_NC = F.normalize(z_NC, dim=-1)
+        cells = self.config.patch**2  # of a patch, each of which lies on a sphere of its own
+        u_NC = F.normalize(z_NC.unflatten(-1, (-1, cells)), dim=-2).flatten(-2)
         bits_NC = u_NC.detach() > 0
         codes_NC = self.embed(bits_NC)
         of_entropy = u_NC.new_zeros(())
         if entropy:
             p_NC = torch.sigmoid(400 * u_NC * self.scale)
+            # A patch's cells share their bits' means, as if each stood for itself.
+            p_NC = p_NC.unflatten(-1, (-1, cells)).transpose(1, 2).flatten(0, 1)
             of_entropy = binary_entropy(p_NC).sum(1).mean() - binary_entropy(p_NC.mean(0)).sum()
         return StraightThrough(codes_NC + (u_NC - u_NC.detach()), self._tokens(bits_NC), F.mse_loss(u_NC, codes_NC),
                                u_NC.new_zeros(()), of_entropy)

@@ -49,6 +49,9 @@ class TokenizerConfig:
     KL-16); 0 measures it while the tokenizer is trained. coarse: of ``kl``, what the coarser grids of a token cache
     hold: nothing, for they follow from the ``"latent"``, or the latents of the ``"picture"`` reduced to their sizes.
 
+    patch: of ``bsq`` and ``lfq``, how many cells a side of the autoencoder's map make one cell of the grids (2 in
+    Infinity's factor-8 tokenizer): a token is the bits of all of them.
+
     bands: which frequencies of the latent each scale aims at, for kinds whose scales add up; the last scale aims at
     all of them. ``none``: at all of them from the first scale on (VAR). The others are NFIG's: ``paper`` shares the
     distance from zero to the highest frequency out by the scales' tokens, ``nyquist`` gives every scale what its grid
@@ -71,6 +74,7 @@ class TokenizerConfig:
     latent_scale: float = 0.0
     bands: Bands = "none"
     coarse: Literal["latent", "picture"] = "latent"
+    patch: int = 1
 
     def __post_init__(self) -> None:
         if self.kind == "fsq" and len(self.grids) != 1:
@@ -88,6 +92,8 @@ class TokenizerConfig:
         if (self.kind == "fsq") != bool(self.levels):
             raise InputError("kind 'fsq' needs levels, such as [8, 5, 5, 5]" if self.kind == "fsq"
                              else f"levels are for kind 'fsq', not {self.kind!r}")
+        if self.patch < 1 or (self.patch > 1 and self.kind not in ("bsq", "lfq")):
+            raise InputError(f"patch is {self.patch}; it must be at least 1, and 1 but for kinds bsq and lfq")
         if self.levels and (min(self.levels) < 3 or len(self.levels) != self.autoencoder.latent_width):
             raise InputError(f"levels are {self.levels}; give {self.autoencoder.latent_width} of them, one a channel "
                              "of the latent, each at least 3")
@@ -98,7 +104,7 @@ class TokenizerConfig:
         self._set_vocabulary()
 
     def _set_vocabulary(self) -> None:
-        width = self.autoencoder.latent_width
+        width = self.latent_width
         if self.tokens == "index" and self.kind in ("bsq", "lfq") and width > MOST_INDEX_BITS:
             raise InputError(f"{width} bits don't fit an index; set tokens to 'bits'")
         follows = {"bsq": 2**width, "lfq": 2**width, "fsq": math.prod(self.levels), "kl": 0}.get(self.kind)
@@ -110,6 +116,16 @@ class TokenizerConfig:
             object.__setattr__(self, "vocabulary", follows)
         if self.vocabulary < 2 and not self.continuous:
             raise InputError(f"vocabulary is {self.vocabulary}; it must be at least 2")
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of a cell of the grids."""
+        return self.autoencoder.latent_width * self.patch**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a cell of the grids."""
+        return self.autoencoder.factor * self.patch
 
     @property
     def plan(self) -> Plan:

@@ -136,7 +136,7 @@ class _FrozenCodebook:
         self.quantiser = quantiser
         self.latent_width, self.read_rule = quantiser.latent_width, quantiser.read_rule
         self.contribution, self.accumulate = quantiser.contribution, quantiser.accumulate
-        self.leftover, self.target = quantiser.leftover, quantiser.target
+        self.leftover, self.target, self.resize = quantiser.leftover, quantiser.target, quantiser.resize
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.quantiser.embed(tokens).detach()

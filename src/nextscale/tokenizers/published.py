@@ -37,11 +37,11 @@ def llamagen_config(factor: int = 16, side: int = 256, width: int = 128, feature
 
 def infinity_config(bits: int = 32, patchify: bool = False, width: int = 128,
                     grids: tuple[tuple[int, int], ...] = _INFINITY_GRIDS) -> TokenizerConfig:
-    """Infinity's bitwise tokenizer of ``bits`` bits a cell; ``patchify``: the one of factor 8, whose grids are twice
-    those that its transformer sees."""
+    """Infinity's bitwise tokenizer of ``bits`` bits a cell; ``patchify``: the one of factor 8, four of whose cells make
+    one of the grids."""
     multipliers = (1, 2, 4, 4) if patchify else (1, 2, 4, 4, 4)
     sizes = AutoencoderConfig(width, multipliers, latent_width=bits, attention="none", latent_kernel=0)
-    return TokenizerConfig(sizes, grids, kind="bsq", tokens="bits")
+    return TokenizerConfig(sizes, grids, kind="bsq", tokens="bits", patch=2 if patchify else 1)
 
 
 def kl_config(width: int = 128, latent_width: int = 16, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
@@ -57,7 +57,7 @@ PUBLISHED: dict[str, TokenizerConfig] = {
     "llamagen-vq-8": llamagen_config(8),
     **{f"infinity-d{bits}": infinity_config(bits) for bits in (16, 24, 32, 64)},
     "kl-16": kl_config(),
-    "infinity-d14-f8": infinity_config(14, True, grids=tuple((2 * h, 2 * w) for h, w in _INFINITY_GRIDS)),
+    "infinity-d14-f8": infinity_config(14, True),
 }
 """Name to configuration."""
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nextscale.canvas import Canvas
-from nextscale.layers.resize import resize
 from nextscale.plan import Plan, raster
 
 
@@ -49,7 +48,7 @@ def encode(latent_BCHW: Tensor, canvas: Canvas, quantise: Callable[[int, Tensor]
         if goal is not aimed:  # the latent itself at every step costs nothing, and no rounding
             rest, aimed = rest + (goal - aimed), goal
         reads.append(canvas.read(k) if k else None)
-        z = resize(rest.reshape(-1, width, *rest.shape[-2:]), step.grid, "area")
+        z = codec.resize(rest.reshape(-1, width, *rest.shape[-2:]), step.grid, "area")
         found = quantise(k, z)
         found = found.reshape(rest.shape[0], -1, *found.shape[2:])
         if step.count is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nextscale.canvas import Canvas
 from nextscale.errors import InputError
-from nextscale.layers.resize import ResizeRule
+from nextscale.layers.resize import ResizeRule, resize
 from nextscale.parallel import gather, total
 from nextscale.plan import Plan
 from nextscale.tokenizers import pyramid
@@ -64,7 +64,7 @@ class Quantiser(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config, self.latent_width = config, config.autoencoder.latent_width
+        self.config, self.latent_width = config, config.latent_width
         if config.vocabulary <= MOST_COUNTED and not config.continuous:
             self.register_buffer("usage_KV", torch.zeros(len(config.grids), config.vocabulary))
 
@@ -90,6 +90,20 @@ class Quantiser(nn.Module):
     def leftover(self, rest: Tensor, contribution: Tensor) -> Tensor:
         # Data for the scales behind, not a path for gradients (published code of VAR and Infinity).
         return rest - contribution.detach()
+
+    def fold(self, latent: Tensor) -> Tensor:
+        """A latent (B, C, p H, p W) with every patch of p x p cells as one, (B, p p C, H, W): channel c of the cell at
+        (y, x) of a patch becomes channel c p p + y p + x."""
+        return F.pixel_unshuffle(latent, self.config.patch) if self.config.patch > 1 else latent
+
+    def unfold(self, latent: Tensor) -> Tensor:
+        """The way back."""
+        return F.pixel_shuffle(latent, self.config.patch) if self.config.patch > 1 else latent
+
+    def resize(self, map_BCHW: Tensor, grid: tuple[int, int], rule: ResizeRule) -> Tensor:
+        """A folded map at another grid: its cells, not its patches, are what is resized."""
+        p = self.config.patch
+        return self.fold(resize(self.unfold(map_BCHW), (p * grid[0], p * grid[1]), rule))
 
     def target(self, step: int, plan: Plan, latent: Tensor) -> Tensor:
         if self.config.bands == "none":

@@ -82,20 +82,20 @@ class Tokenizer(nn.Module):
     def plan_for(self, picture: Tensor) -> Plan:
         """The tokenizer's schedule stretched to pictures (B, 3, S, S') of another size, as aspect-ratio buckets have
         them; its own for its own size."""
-        factor = self.config.autoencoder.factor
+        factor = self.config.factor
         return self.plan.stretched((picture.shape[-2] // factor, picture.shape[-1] // factor))
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width in pixels of the trained schedule."""
         h, w = self.plan.grid
-        return h * self.config.autoencoder.factor, w * self.config.autoencoder.factor
+        return h * self.config.factor, w * self.config.factor
 
     def latent(self, picture: Tensor) -> Tensor:
-        """Continuous latent (B, C, H, W) in float32 of pictures (B, 3, S, S') in [-1, 1]; of kind ``kl`` the scaled
-        mean."""
+        """Continuous latent (B, C, H, W) in float32, its patches folded, of pictures (B, 3, S, S') in [-1, 1]; of kind
+        ``kl`` the scaled mean."""
         found = self.to_latent(self.encoder(picture.to(self.decoder.output.weight.dtype))).float()
-        return self.quantiser.scaled(gaussian.mean_of(found)) if self.config.continuous else found
+        return self.quantiser.scaled(gaussian.mean_of(found)) if self.config.continuous else self.quantiser.fold(found)
 
     def moments(self, picture: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, H, W) of the latent of pictures, not scaled. Raises InputError for kinds whose
@@ -108,7 +108,7 @@ class Tokenizer(nn.Module):
     def cached_moments(self, picture: Tensor) -> Tensor:
         """The moments (B, L, 2C) that a token cache holds, of all ``cached_grids``; those of a coarser one are of the
         picture reduced to its size by area."""
-        factor, parts = self.config.autoencoder.factor, []
+        factor, parts = self.config.factor, []
         for h, w in self.config.cached_grids:
             parts.append(self.moments(resize(picture, (h * factor, w * factor), "area")).flatten(2).transpose(1, 2))
         return torch.cat(parts, 1)
@@ -135,7 +135,7 @@ class Tokenizer(nn.Module):
         dtype = self.decoder.output.weight.dtype
         if self.config.continuous:
             latent = self.quantiser.unscaled(latent)
-        features = self.from_latent(latent.to(dtype))
+        features = self.from_latent(self.quantiser.unfold(latent).to(dtype))
         found = self.decoder(features) if strips is None else decode_in_strips(self.decoder, features, strips)
         return found.float().clamp(-1, 1)
 
@@ -161,7 +161,7 @@ class Tokenizer(nn.Module):
         if self.training:
             for k, tokens in enumerate(found.tokens):
                 self.quantiser.record_usage(k, tokens, self.config.codebook_decay)
-        picture_out = self.decoder(self.from_latent(found.latent_BCHW))
+        picture_out = self.decoder(self.from_latent(self.quantiser.unfold(found.latent_BCHW)))
         return TrainingOutput(picture_out, found.tokens, found.commitment_loss, found.codebook_loss,
                               found.entropy_loss, found.vectors_NC, latent_loss=found.latent_loss)
 
@@ -184,6 +184,7 @@ class Tokenizer(nn.Module):
             latent = found.canvas.value
             latent = self.quantiser.unscaled(latent) if self.config.continuous else latent
         none, width = picture.new_zeros(()), self.config.autoencoder.latent_width
+        latent = self.quantiser.unfold(latent)
         return TrainingOutput(self.decoder(self.from_latent(latent)), found.tokens, none, none, none,
                               picture.new_zeros(0, width))
 
@@ -202,7 +203,7 @@ class Tokenizer(nn.Module):
 
     def whole_cells(self, picture: Tensor) -> Tensor:
         """The pictures (B, 3, S, S'), whose sides must be multiples of the factor. Raises InputError for others."""
-        factor = self.config.autoencoder.factor
+        factor = self.config.factor
         if picture.ndim != 4 or picture.shape[1] != 3:
             raise InputError(f"picture: expected a batch (B, 3, height, width), got shape {tuple(picture.shape)}")
         h, w = picture.shape[-2:]
@@ -212,7 +213,7 @@ class Tokenizer(nn.Module):
         return picture
 
     def _check(self, picture: Tensor, plan: Plan) -> None:
-        factor = self.config.autoencoder.factor
+        factor = self.config.factor
         h, w = self.whole_cells(picture).shape[-2:]
         if plan.grid != (h // factor, w // factor):
             raise InputError(f"schedule: its last scale is {plan.grid[0]}x{plan.grid[1]} but a picture of {h}x{w} "

@@ -89,7 +89,7 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     Raises InputError on wrong keys and values, WeightsError on a model that can't be loaded.
     """
     config = model_config(str(recipe.get("model", "")))
-    side = config.tokenizer.grids[-1][0] * config.tokenizer.autoencoder.factor
+    side = config.tokenizer.grids[-1][0] * config.tokenizer.factor
     wanted = build(FinetuneTraining, {**recipe, "data": {"size": side, **recipe.get("data", {})}}, "recipe")
     with torch.device("meta"):
         targets = wanted.lora.targets if wanted.lora.rank else None

@@ -94,7 +94,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def check_size(model: TokenizerConfig, data: DataRecipe) -> None:
     """Raises InputError where a schedule of scales does not end at the pictures' latent, or cannot follow buckets."""
-    factor = model.autoencoder.factor
+    factor = model.factor
     side = model.grids[-1][0] * factor
     if model.grids[-1] != (data.size // factor,) * 2 or data.size % factor:
         raise InputError(f"recipe: the schedule ends at {model.grids[-1][0]}x{model.grids[-1][1]} with factor "

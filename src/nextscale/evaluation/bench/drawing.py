@@ -105,7 +105,7 @@ class Drawing:
         self.schedule = None if has_random_weights(given) else given.schedule
         self.extra: dict[str, Any] = {}
         if getattr(config, "control", None) is not None:  # steered by an empty map
-            side = config.tokenizer.autoencoder.factor
+            side = config.tokenizer.factor
             height, width = (side * n for n in config.tokenizer.grids[-1])
             self.extra["control"] = torch.zeros(3, height, width, dtype=torch.uint8)
 

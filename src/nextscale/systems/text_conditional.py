@@ -1,0 +1,107 @@
+"""What text-to-picture systems share: prompts, negative prompts, and the training loss by captions."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from nextscale.conditions.text import TextCondition, TextRows
+from nextscale.conditions.text_features import TextEncoder, TextFeatures
+from nextscale.errors import InputError
+from nextscale.systems.system import System
+
+Prompts = Sequence[str | None] | str | TextFeatures | None
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts with their features, a row each; what they are led away from, where that was given."""
+
+    prompts: tuple[str, ...]
+    features: TextFeatures
+    negative: TextFeatures | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, items: slice) -> PromptRows:
+        return PromptRows(self.prompts[items], self.features.gather(items),
+                          None if self.negative is None else self.negative.gather(items))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.prompts)
+
+
+class TextConditionalSystem(System):
+    """A system whose pictures are of prompts.
+
+    ``text`` makes conditions of an encoder's features; ``encoder`` makes features of prompts. One that is trained with
+    the system is a module and lies in its weights file; any other is opened by name and set by its user.
+    """
+
+    transformer_parts: ClassVar[tuple[str, ...]] = ("generator", "head", "text")
+    text: Any
+    encoder: TextEncoder | None = None
+
+    def features(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts. Raises InputError where the system has no encoder."""
+        if self.encoder is None:
+            raise InputError(f"{type(self).__name__}: no text encoder is set; open one, as in system.encoder = "
+                             "open_text_encoder('t5:google/flan-t5-xl')")
+        return self.encoder.encode(prompts).to(self.device)
+
+    def label_rows(self, labels: Prompts, count: int | None = None) -> PromptRows:
+        """Prompts with their features: one prompt serves ``count`` pictures, None is the empty prompt; features may be
+        given in the place of prompts."""
+        if isinstance(labels, PromptRows):
+            return labels
+        if isinstance(labels, TextFeatures):
+            return PromptRows(("",) * len(labels), labels.to(self.device))
+        if labels is None or isinstance(labels, str):
+            if count is not None and count < 1:
+                raise InputError(f"count is {count}; it must be at least 1")
+            labels = [labels] * (count or 1)
+        prompts = ["" if prompt is None else prompt for prompt in labels]
+        if not prompts:
+            raise InputError("no prompts were given; give at least one, or None for none")
+        if count is not None and len(prompts) != count:
+            raise InputError(f"{len(prompts)} prompts were given for {count} pictures")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise InputError(f"prompt {prompt!r} is no text")
+        return PromptRows(tuple(prompts), self.features(prompts))
+
+    def prompts(self, prompts: Prompts, negative: Sequence[str] | str | None = None,
+                count: int | None = None) -> PromptRows:
+        """Prompts with what they are led away from: one negative prompt for all, or one a picture. ``generate``,
+        ``stream`` and ``edit`` take such rows in the place of prompts."""
+        rows = self.label_rows(prompts, count)
+        if negative is None:
+            return rows
+        away = [negative] * len(rows) if isinstance(negative, str) else list(negative)
+        if len(away) != len(rows):
+            raise InputError(f"{len(away)} negative prompts were given for {len(rows)} pictures; give one, or one each")
+        return PromptRows(rows.prompts, rows.features, self.features(away))
+
+    def label_names(self, row: str) -> str:
+        return row
+
+    def condition(self, rows: PromptRows) -> TextCondition:
+        return TextCondition(self.text, rows.features, rows.negative)
+
+    def dropped(self, rows: Any, label_dropout: float, part_dropout: float) -> TextRows:
+        """Conditions of features, or of captions, some of them dropped."""
+        features = rows if isinstance(rows, TextFeatures) else self.training_features(rows)
+        found: TextRows = self.text(self.text.drop(features, label_dropout))
+        return found
+
+    def training_features(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of captions in training: with a gradient to an encoder that is trained along."""
+        learn = getattr(self.encoder, "features", None)
+        if learn is None:
+            with torch.no_grad():
+                return self.features(captions)
+        found: TextFeatures = learn(captions)
+        return found
