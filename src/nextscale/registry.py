@@ -77,8 +77,13 @@ _PUBLISHED |= dict.fromkeys(("code-n6", "code-n7", "code-n8", "code-n9"),
                             "nextscale.systems.code_decoding:preset_config")
 _PUBLISHED |= dict.fromkeys(("scalar-d12", "scalar-d16", "scalar-d20", "scalar-d24"),
                             "nextscale.systems.scalar:preset_config")
+_PUBLISHED |= dict.fromkeys([f"infinity-{size}{budget}" for size in ("2b", "8b")
+                             for budget in ("", "-0.06M", "-0.25M", "-0.60M")],
+                            "nextscale.systems.infinity:preset_config")
 # Sizes of papers that came without weights.
 _UNRELEASED = dict.fromkeys(("nfig-310m", "nfig-600m"), "nextscale.systems.nfig:preset_config")
+_UNRELEASED |= dict.fromkeys(("infinity-125m", "infinity-361m", "infinity-940m", "infinity-2.2b", "infinity-4.7b",
+                              "infinity-8.7b", "infinity-20b"), "nextscale.systems.infinity:preset_config")
 _SMALL = dict.fromkeys(("var-d6-64px", "var-d2-16px"), "nextscale.systems.var:preset_config")
 _SMALL |= {f"{slug}-64px": f"nextscale.systems.{slug}:preset_config" for slug in ("flowar", "xar", "mar", "himar")}
 _SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
