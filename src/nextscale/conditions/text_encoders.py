@@ -11,6 +11,7 @@ PLACE is a folder or a hub name.
 """
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, cast
 
 import torch
@@ -64,7 +65,7 @@ def open_text_encoder(spec: str = "words", *, max_tokens: int | None = None, dty
         if not place and example:
             raise InputError(f"text encoder {kind!r} needs its weights; write {kind}:{example} or {kind}:FOLDER")
         return made(cast(Any, place or None), max_tokens, dtype, device, offload)
-    if place and "." in kind:
+    if kind and place and ("." in kind or importlib.util.find_spec(kind) is not None):
         return _of_user(spec)
     hint = did_you_mean(kind, NAMES, "; use words, bytes, t5:PLACE, clip:PLACE, minilm or package.module:name")
     raise InputError(f"unknown text encoder {spec!r}{hint}")

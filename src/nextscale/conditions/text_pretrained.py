@@ -10,7 +10,8 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -128,9 +129,10 @@ class PretrainedTextEncoder:
         where = self.folder / self.within
         as_dtype = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
         try:
-            network, found = getattr(transformers, self.network_type).from_pretrained(
-                where, local_files_only=True, weights_only=True, trust_remote_code=False, output_loading_info=True,
-                **{as_dtype: self.dtype}, **self._network_options)
+            with _quiet():
+                network, found = getattr(transformers, self.network_type).from_pretrained(
+                    where, local_files_only=True, weights_only=True, trust_remote_code=False, output_loading_info=True,
+                    **{as_dtype: self.dtype}, **self._network_options)
         except Exception as error:
             raise WeightsError(f"{where} can't be loaded as {self.network_type} ({_reason(error)})") from None
         if found["missing_keys"]:
@@ -178,7 +180,8 @@ class PretrainedTextEncoder:
     def _compute(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, and the network's own pooled vectors, where ``offload`` has them computed."""
         where = torch.device("cpu") if self.offload == "always" else self.device
-        given = {"input_ids": ids.to(where), "attention_mask": valid.long().to(where)}
+        # Without padding a mask would only keep attention from its fastest kernel.
+        given = {"input_ids": ids.to(where), "attention_mask": None if valid.all() else valid.long().to(where)}
         if self.offload == "between" and where.type != "cpu":
             # Copies that live as long as the call: the originals stay, so nothing has to be moved back.
             weights = {name: tensor.to(where) for name, tensor in
@@ -329,6 +332,22 @@ def _sample(path: Path, digest: Any) -> None:
         for i in range(SAMPLES):
             file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: published files hold more than the encoder, which is no news."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +138,8 @@ def _forget(temporary: Path) -> None:
     if temporary.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may not even be a folder; what went wrong before this is what counts
+            temporary.unlink(missing_ok=True)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

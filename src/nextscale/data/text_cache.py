@@ -70,7 +70,7 @@ class TextCache:
         folder: where.
         source: whose features; a dtype of "" takes the folder's, float16 in a new one.
 
-    Memory: about 400 bytes a text, and no features but those asked for. Threads may share it.
+    Memory: about 250 bytes a text, and no features but those asked for. Threads may share it.
 
     Raises:
         InputError: the folder holds another encoder's features, or the number format isn't known.
