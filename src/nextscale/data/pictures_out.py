@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,8 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         DataError: it cannot be written, with the space that is left.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # A process number alone isn't enough: threads share it, and so may two machines of a shared disk.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -136,7 +138,8 @@ def _forget(temporary: Path) -> None:
     if temporary.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
     else:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may not even be a folder; what went wrong before this is what counts
+            temporary.unlink(missing_ok=True)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
