@@ -130,8 +130,8 @@ class Checks:
             self._say(what, f"{ours.tolist()} instead of {wanted.tolist()}", False)
 
     def tokens(self, name: str, ours: Tensor, excused: Tensor, pictures: int | None = None) -> bool:
-        """Equal, or excused where both candidates are as good as equal; pictures: how many are compared. Returns whether
-        all are equal."""
+        """Equal, or excused where both candidates are as good as equal; pictures: how many are compared. Returns
+        whether all are equal."""
         wanted = self.recorded[name][:pictures]
         if ours.numel() != wanted.numel():
             self._say(name, f"{ours.numel()} tokens instead of {wanted.numel()}", False)

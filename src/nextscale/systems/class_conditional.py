@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class SystemConfig(Config):
 class ClassConditionalSystem(System):
     """A system whose pictures are of classes, of one kind or several."""
 
-    transformer_parts: ClassVar[tuple[str, ...]] = ("generator", "head", "labels")
+    transformer_parts = ("generator", "head", "labels")
     labels: ClassTable
 
     def label_rows(self, labels: Sequence[Label] | Label, count: int | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nextscale.canvas import Canvas
 from nextscale.conditions.text import PooledText
+from nextscale.conditions.text_words import WordConfig
 from nextscale.context import Context, Function, Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.infinity import (
@@ -71,7 +72,8 @@ class InfinityConfig(Config):
     """Infinity's configuration; the defaults are those of the 2B model at 1024 pixels.
 
     correction: of the training, how bits are flipped; bit_loss: whether a position's loss is the mean or the sum over
-    its bits; encoder: what ``open_text_encoder`` opens for its prompts.
+    its bits; encoder: what ``open_text_encoder`` opens for its prompts; words: instead, the text encoder that is
+    trained and saved with the model.
     """
 
     slug: ClassVar[str] = "infinity"
@@ -84,11 +86,17 @@ class InfinityConfig(Config):
     correction: SelfCorrection = field(default_factory=SelfCorrection)
     bit_loss: Literal["mean", "sum"] = "mean"
     encoder: str = "t5:google/flan-t5-xl"
+    words: WordConfig | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.kind not in ("bsq", "lfq") or self.tokenizer.tokens != "bits":
             raise InputError("Infinity predicts bits: its tokenizer must be of kind 'bsq' or 'lfq' with tokens 'bits', "
                              f"not {self.tokenizer.kind!r} with {self.tokenizer.tokens!r}")
+        if self.words is not None and (self.generator.text_width, self.generator.longest_text) != (
+                self.words.width, self.words.max_tokens + 1):
+            raise InputError(f"Infinity: its word encoder gives {self.words.max_tokens + 1} tokens of width "
+                             f"{self.words.width}; set text_width and longest_text to these, not to "
+                             f"{self.generator.text_width} and {self.generator.longest_text}")
 
 
 @dataclass(frozen=True)

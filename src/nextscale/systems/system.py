@@ -85,7 +85,7 @@ class System(nn.Module):
     head: Any
 
     # What of the system the weights file of the transformer holds, by attribute.
-    transformer_parts: ClassVar[tuple[str, ...]] = ("generator", "head")
+    transformer_parts: tuple[str, ...] = ("generator", "head")
 
     # What is trained by itself, one after the other; empty where all is trained together.
     parts: ClassVar[tuple[str, ...]] = ()

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from nextscale.conditions.text import TextCondition, TextRows
-from nextscale.conditions.text_features import TextEncoder, TextFeatures
+from nextscale.conditions.text_encoders import open_text_encoder
+from nextscale.conditions.text_features import TextFeatures
+from nextscale.conditions.text_words import WordEncoder
 from nextscale.errors import InputError
-from nextscale.systems.system import System
+from nextscale.systems.system import Config, System
 
 Prompts = Sequence[str | None] | str | TextFeatures | None
 
@@ -38,19 +40,27 @@ class TextConditionalSystem(System):
     """A system whose pictures are of prompts.
 
     ``text`` makes conditions of an encoder's features; ``encoder`` makes features of prompts. One that is trained with
-    the system is a module and lies in its weights file; any other is opened by name and set by its user.
+    the system (``config.words``) is a module and lies in its weights file; any other is opened by name
+    (``config.encoder``) at the first prompt, unless its user has set one.
     """
 
-    transformer_parts: ClassVar[tuple[str, ...]] = ("generator", "head", "text")
+    transformer_parts: tuple[str, ...] = ("generator", "head", "text")
     text: Any
-    encoder: TextEncoder | None = None
+    encoder: Any = None
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if self.config.words is not None:
+            self.encoder = WordEncoder(self.config.words)
+            self.transformer_parts = (*self.transformer_parts, "encoder")
 
     def features(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features of prompts. Raises InputError where the system has no encoder."""
+        """Features of prompts, where the system lies. Raises MissingExtraError where the encoder's package isn't there,
+        InputError for what are no prompts."""
         if self.encoder is None:
-            raise InputError(f"{type(self).__name__}: no text encoder is set; open one, as in system.encoder = "
-                             "open_text_encoder('t5:google/flan-t5-xl')")
-        return self.encoder.encode(prompts).to(self.device)
+            self.encoder = open_text_encoder(self.config.encoder, device=self.device)
+        found: TextFeatures = self.encoder.encode(prompts).to(self.device)
+        return found
 
     def label_rows(self, labels: Prompts, count: int | None = None) -> PromptRows:
         """Prompts with their features: one prompt serves ``count`` pictures, None is the empty prompt; features may be
@@ -99,9 +109,8 @@ class TextConditionalSystem(System):
 
     def training_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of captions in training: with a gradient to an encoder that is trained along."""
-        learn = getattr(self.encoder, "features", None)
-        if learn is None:
+        if not isinstance(self.encoder, WordEncoder):
             with torch.no_grad():
                 return self.features(captions)
-        found: TextFeatures = learn(captions)
+        found: TextFeatures = self.encoder(self.encoder.tokenise(captions).to(self.device))
         return found
