@@ -186,7 +186,7 @@ def test_missing_captions_are_counted_and_the_first_is_named(tmp_path: Path) -> 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.png").write_bytes(png(0))
     bare = open_dataset(tmp_path / "bare", 8, split="all")
-    with pytest.raises(InputError, match="has no captions"):
+    with pytest.raises(InputError, match="has no captions, nor class names"):
         Loader(bare, ShuffledOrder(1), 1, captions=True)
 
 
@@ -389,7 +389,8 @@ def test_data_show_tells_captions_buckets_and_what_is_wrong(
     assert "left and right matter: nothing is mirrored" in capsys.readouterr().out
     write_tar(shards, members(captions=False))
     for arguments, message in (
-        (["--captions"], "12 of 12 pictures have no caption"),
+        (["--captions"], "12 of 12 pictures have no caption, the first is"),
+        (["--captions", "--caption-field", "alt"], "no sample has a caption in field 'alt'"),
         (["--crop", "middle"], "unknown crop 'middle'"),
         (["--largest-ratio", "2", "--size", "30"], "30 is not a multiple of 32"),
         (["--largest-ratio", "2", "--sheet", str(tmp_path / "a.png")], "pictures have one size"),

@@ -261,7 +261,7 @@ class PictureDataset:
         captions where no picture of the source has one of its own."""
         without = [row for row in self.rows.tolist() if not self.source.captions(row)]
         if without:
-            classes = "" if self.class_names or self.has_captions else ", and there are no classes to name them by"
+            classes = "" if self.has_captions else ", and no class has a name"
             raise DataError(
                 f"{self.source.name} [{self.split}]: {len(without):,} of {len(self):,} pictures have no caption, the "
                 f"first is {self.source.title(without[0])}{classes}; add a .txt beside it, or a text to its row or "

@@ -38,7 +38,7 @@ class Loader:
         captions: batches have ``caption``, one of each picture's by (seed, epoch, id).
 
     Raises:
-        InputError: sizes below 1, ranks that don't divide the batch, captions of a set that has none, nor classes.
+        InputError: sizes below 1, ranks that don't divide the batch, captions of a set that has none, nor class names.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Loader:
             raise InputError(f"batch_size ({batch_size}) and workers ({workers}) must be at least 1")
         if not 0 <= rank < ranks or batch_size % ranks:
             raise InputError(f"batch_size ({batch_size}) must be a multiple of ranks ({ranks}), rank ({rank}) below it")
-        if captions and not (dataset.has_captions or dataset.class_names):
-            raise InputError(f"{dataset.source.name} has no captions and no classes; add them or leave captions out")
+        if captions and not (dataset.has_captions or dataset.caption(0)):
+            raise InputError(f"{dataset.source.name} has no captions, nor class names; add them or leave captions out")
         self.dataset, self.order, self.batch_size, self.start_step = dataset, order, batch_size, start_step
         self.flip, self.seed, self.workers = flip and not dataset.left_right_matters, seed, workers
         self.rank, self.ranks, self.captions = rank, ranks, captions

@@ -77,11 +77,11 @@ class PictureSource(ABC):
 
     def captions(self, position: int) -> tuple[str, ...]:
         """Ways to say what the picture shows, the canonical one first: its own captions, or the names of its classes
-        where no picture of the source has captions; none where there is nothing."""
+        where no picture of the source has captions; none where there is nothing, or classes have numbers alone."""
         if self.has_captions:
             return self.texts(position)
         labels = zip(self.class_names, self.labels[position].tolist(), strict=True)
-        return texts_of_classes(names[label] for names, label in labels)
+        return texts_of_classes(names[label] for names, label in labels if names[label] != str(label))
 
     def read(self, position: int) -> tuple[Image.Image, Image.Image | None]:
         """The picture and its alpha mask (L). Raises InputError where it is broken."""
