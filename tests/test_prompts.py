@@ -29,7 +29,8 @@ def written(tmp_path: Path, suffix: str, content: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize(("suffix", "content", "wanted"), [
-    (".txt", "\ufeffa red apple\r\n\n  \n# 1 fan\nan owl", [Prompt("a red apple"), Prompt("# 1 fan"), Prompt("an owl")]),
+    (".txt", "\ufeffa red apple\r\n\n  \n# 1 fan\nan owl",
+     [Prompt("a red apple"), Prompt("# 1 fan"), Prompt("an owl")]),
     (".txt", "one\u2028line\n", [Prompt("one line")]),
     (".json", json.dumps(OBJECTS), FOUND),
     (".jsonl", "\n".join(map(json.dumps, OBJECTS)) + "\n\n", FOUND),
@@ -49,11 +50,12 @@ def test_every_form_gives_its_prompts(tmp_path: Path, suffix: str, content: str,
     (".txt", b"fine\nbad \xff\n", "line 2 is no UTF-8"), (".txt", "\nx" + "x" * 4096, "line 2: prompt has 4,097"),
     (".json", '["a",\n]', "line 2 is no JSON"), (".json", '{"prompt": "a"}', "dict and no list"),
     (".json", '["a", 3]', "prompt 2 is int"), (".json", "[" * 100_000, "too deeply"),
-    (".jsonl", '"a"\n{"prompt": }', "line 2 is no JSON .* at column 12"), (".jsonl", '{"seed": 1}', "line 1 has no prompt"),
+    (".jsonl", '"a"\n{"prompt": }', "line 2 is no JSON .* at column 12"),
+    (".jsonl", '{"seed": 1}', "line 1 has no prompt"),
     (".jsonl", '{"prompt": ["a"]}', "line 1: prompt is list"), (".jsonl", '{"text": " "}', "line 1 has no prompt"),
     (".jsonl", '{"text": "a", "negative": 3}', "negative is int"),
-    *((".jsonl", '{"text": "a", "seed": %s}' % seed, "seed is") for seed in ("-1", "1.5", "true", '"x"', "1" * 30)),
-    *((".jsonl", '{"text": "a", "ratio": %s}' % ratio, "ratio is")
+    *((".jsonl", f'{{"text": "a", "seed": {seed}}}', "seed is") for seed in ("-1", "1.5", "true", '"x"', "1" * 30)),
+    *((".jsonl", f'{{"text": "a", "ratio": {ratio}}}', "ratio is")
       for ratio in ("0", '"16:0"', '"a:b"', "NaN", "17", "true", "[1, 2]", '"1:2:3"', "1" + "0" * 400)),
     (".tsv", "", "has no column"), (".tsv", "name\tnote\na\tb", "its first line names name, note"),
     (".tsv", "Prompt\tNote\na\tb\tc", "line 2 has 3 columns, the header 2"),

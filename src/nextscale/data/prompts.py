@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nextscale.data.captions import texts_of
 from nextscale.errors import DataError
 
 LONGEST_PROMPT = 4096
@@ -174,8 +175,8 @@ def _field(value: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
         if len(given) > LONGEST_PROMPT:
             raise DataError(f"{where}: {name} has {len(given):,} characters, {LONGEST_PROMPT:,} are the most; shorten "
                             "it")
-        if text := " ".join(given.split()):
-            return text
+        if texts := texts_of(given):
+            return texts[0]
     return ""
 
 
@@ -183,7 +184,7 @@ def _seed(given: Any, where: str) -> int | None:
     if given is None:
         return None
     text = given.strip() if isinstance(given, str) else given
-    good = isinstance(text, int) and not isinstance(text, bool) or isinstance(text, str) and text.isdecimal()
+    good = (isinstance(text, int) and not isinstance(text, bool)) or (isinstance(text, str) and text.isdecimal())
     if not good or len(str(text)) > 19 or not 0 <= int(text) < 2**63:
         raise DataError(f"{where}: seed is {given!r:.40}; give a whole number from 0 to 2^63 - 1")
     return int(text)
