@@ -385,6 +385,8 @@ def test_data_show_tells_captions_buckets_and_what_is_wrong(
     assert run(["data", "show", str(shards), "--size", "32", "--largest-ratio", "2", "--bucket-multiple", "8"]) == 0
     told = capsys.readouterr().out
     assert "12 pictures, 2 classes, captions" in told and "bucket 32x32          12" in told
+    assert run(["data", "show", str(shards), "--captions"]) == 0
+    assert f"  {rows()[0][2]}\n" in capsys.readouterr().out
     assert run(["data", "show", "emoji", "--split", "style-test"]) == 0
     assert "left and right matter: nothing is mirrored" in capsys.readouterr().out
     write_tar(shards, members(captions=False))

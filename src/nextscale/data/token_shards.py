@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextscale.data import bits
+from nextscale.data.bits import pack_bits, packed_width, unpack_bits
 from nextscale.data.captions import PackedCaptions
 from nextscale.data.controls import check_kinds, plane_count
 from nextscale.data.pictures_out import flush, writing
@@ -65,8 +65,7 @@ class TokenJob:
         format: version of the layout.
         control: kinds of the control maps that lie beside the tokens.
         captions: fingerprint of the pictures' captions, which lie beside the tokens; "" where they don't.
-        bits: bits d of a token that is bits and not an index, 0 of others. A shard holds such a token as one integer,
-            or as ceil(d / 8) bytes where d is above 62.
+        bits: bits d of a token that is bits and not an index, 0 of others; a shard holds it as ceil(d / 8) bytes.
         latents: numbers C of a cell of the latents that lie beside the tokens, 0 where they don't.
     """
 
@@ -111,7 +110,7 @@ class TokenJob:
         """The smallest signed integers that hold the vocabulary; float16 of vectors, uint8 of packed bits."""
         if self.width:
             return torch.float16
-        if bits.packed_width(self.bits):
+        if self.bits:
             return torch.uint8
         return next(dtype for dtype in (torch.int16, torch.int32, torch.int64)
                     if self.vocabulary - 1 <= torch.iinfo(dtype).max)
@@ -119,7 +118,7 @@ class TokenJob:
     @property
     def token_shape(self) -> tuple[int, ...]:
         """The shape of one version's tokens as a shard holds them, (L,) or (L, width)."""
-        width = self.width or bits.packed_width(self.bits)
+        width = self.width or packed_width(self.bits)
         return (self.length, width) if width else (self.length,)
 
     @property
@@ -130,17 +129,17 @@ class TokenJob:
 
     def stored(self, tokens: Tensor) -> Tensor:
         """Tokens (..., L), vectors (..., L, width) or bits (..., L, d) as a shard holds them."""
-        return (bits.pack(tokens) if self.bits else tokens).to(self.dtype)
+        return (pack_bits(tokens) if self.bits else tokens).to(self.dtype)
 
     def opened(self, stored: Tensor) -> Tensor:
         """Tokens from what a shard holds: in its type, or bits (..., L, d) as booleans."""
-        return bits.unpack(stored, self.bits) if self.bits else stored
+        return unpack_bits(stored, self.bits) if self.bits else stored
 
     def misfit(self, stored: Tensor) -> str:
         """What is wrong with values of tokens, nothing where they are what the job has."""
         if self.width:
             return "" if bool(stored.isfinite().all()) else "that are no finite numbers"
-        if bits.packed_width(self.bits):
+        if self.bits:
             spare = -self.bits % 8
             return "" if not bool((stored[..., -1] & ((1 << spare) - 1)).any()) else f"of more than {self.bits} bits"
         inside = not stored.numel() or 0 <= int(stored.min()) <= int(stored.max()) < self.vocabulary
