@@ -186,7 +186,7 @@ def test_missing_captions_are_counted_and_the_first_is_named(tmp_path: Path) -> 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.png").write_bytes(png(0))
     bare = open_dataset(tmp_path / "bare", 8, split="all")
-    with pytest.raises(InputError, match="has no captions"):
+    with pytest.raises(InputError, match="has no captions, nor class names"):
         Loader(bare, ShuffledOrder(1), 1, captions=True)
 
 
@@ -385,11 +385,14 @@ def test_data_show_tells_captions_buckets_and_what_is_wrong(
     assert run(["data", "show", str(shards), "--size", "32", "--largest-ratio", "2", "--bucket-multiple", "8"]) == 0
     told = capsys.readouterr().out
     assert "12 pictures, 2 classes, captions" in told and "bucket 32x32          12" in told
+    assert run(["data", "show", str(shards), "--captions"]) == 0
+    assert f"  {rows()[0][2]}\n" in capsys.readouterr().out
     assert run(["data", "show", "emoji", "--split", "style-test"]) == 0
     assert "left and right matter: nothing is mirrored" in capsys.readouterr().out
     write_tar(shards, members(captions=False))
     for arguments, message in (
-        (["--captions"], "12 of 12 pictures have no caption"),
+        (["--captions"], "12 of 12 pictures have no caption, the first is"),
+        (["--captions", "--caption-field", "alt"], "no sample has a caption in field 'alt'"),
         (["--crop", "middle"], "unknown crop 'middle'"),
         (["--largest-ratio", "2", "--size", "30"], "30 is not a multiple of 32"),
         (["--largest-ratio", "2", "--sheet", str(tmp_path / "a.png")], "pictures have one size"),

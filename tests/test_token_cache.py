@@ -451,11 +451,12 @@ def test_manifests_of_other_versions_or_shards_are_refused(copied: Path) -> None
         TokenDataset(copied)
 
 
-def test_a_cache_from_before_vectors_and_controls_opens(copied: Path) -> None:
+def test_a_cache_from_before_vectors_controls_and_captions_opens(copied: Path) -> None:
     for name in ("job.json", "manifest.json"):
         told = json.loads((copied / name).read_text())
         job = told.get("job", told)
-        del job["width"], job["control"]
+        for later in ("width", "control", "captions", "bits", "latents"):
+            del job[later]
         (copied / name).write_text(json.dumps(told))
     with safe_open(copied / "tokens-00000.safetensors", framework="pt") as shard:
         about = json.loads(shard.metadata()["nextscale"])

@@ -18,7 +18,6 @@ from typing import Any
 import tiny
 import torch
 from small_task import AdversarialTask, AutoencoderTask, make_trainer
-from torch import Tensor
 
 import nextscale.training.checkpoint as checkpoint_module
 from nextscale import parallel
@@ -30,8 +29,16 @@ from nextscale.training.generator import GeneratorTask
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
 
 
+class CaptionedTask(GeneratorTask):
+    """A generator's training that finds each picture's own caption beside it, however batches are divided."""
+
+    def loss(self, phase: str, batch: Any, at: Any) -> Any:
+        assert batch["caption"] == [f"picture {number}" for number in batch["id"].tolist()]
+        return super().loss(phase, batch, at)
+
+
 class TokenBatches:
-    """Random tokens; every process gets the whole batch."""
+    """Random tokens, with captions; every process gets the whole batch."""
 
     batch_size = 8
 
@@ -39,12 +46,12 @@ class TokenBatches:
         self.tokens_NL = torch.cat(tiny.random_tokens(system.plan, 20), 1)
         self.order = ShuffledOrder(20)
 
-    def batches(self, start_step: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, start_step: int) -> Iterator[dict[str, Any]]:
         while True:
             rows, epochs = self.order.batch(start_step, self.batch_size)
             yield {
                 "tokens": self.tokens_NL[rows], "labels": torch.stack([rows % 5, rows % 3], 1), "id": rows,
-                "epoch": epochs,
+                "epoch": epochs, "caption": [f"picture {number}" for number in rows.tolist()],
             }  # fmt: skip
             start_step += 1
 
@@ -57,7 +64,7 @@ def train_generator(out: Path, resume: bool = False, **changes: Any) -> Trainer:
         "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 4, "learning_rate": 1e-2, "warmup_steps": 1,
         "ema_decay": 0.9, "gradient_clip": 0.5, "schedule": "constant",
     }  # fmt: skip
-    task = GeneratorTask(system, label_dropout=0.3, part_dropout=0.3)
+    task = CaptionedTask(system, label_dropout=0.3, part_dropout=0.3)
     trainer = Trainer(task, TokenBatches(system), TrainConfig(**{**settings, **changes}), out, resume)
     trainer.train()
     return trainer

@@ -52,7 +52,11 @@ def show(
     bucket_multiple: Annotated[
         int, typer.Option("--bucket-multiple", min=1, help="Sides of buckets are multiples of it, in pixels.")
     ] = 32,
-    captions: Annotated[bool, typer.Option("--captions", help="Fail where pictures have no caption.")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="Show some; fail where pictures have none.")] = False,
+    caption_field: Annotated[
+        str | None,
+        typer.Option("--caption-field", help="Column or field of the captions.", show_default="text, caption, prompt"),
+    ] = None,
     sheet: Annotated[Path | None, typer.Option("--sheet", help="PNG to write, a picture of every class.")] = None,
 ) -> None:
     """Say what a data set holds: pictures, classes, captions, and which files cannot be read.
@@ -75,8 +79,9 @@ def show(
         pictures_out.check_writable(sheet)
     buckets = aspect_buckets(size, largest_ratio, bucket_multiple) if largest_ratio > 1 else None
     dataset = open_dataset(
-        spec, size, split, report=terminal_report, crop=cast("Crop", crop), buckets=buckets, captions=captions
-    )
+        spec, size, split, report=terminal_report, crop=cast("Crop", crop), buckets=buckets, captions=captions,
+        caption_field=caption_field,
+    )  # fmt: skip
     typer.echo(dataset.summary())
     if dataset.left_right_matters:
         typer.echo("  left and right matter: nothing is mirrored")
@@ -88,6 +93,8 @@ def show(
         typer.echo(f"without pictures: {len(dataset.empty_classes):,} classes, such as {dataset.empty_classes[0]!r}")
     for name, number in dataset.bucket_counts().items():
         typer.echo(f"  bucket {name:9s} {number:7,}")
+    for place in range(0, len(dataset), max(1, len(dataset) // 3)) if captions else ():
+        typer.echo(f"  {' | '.join(dataset.captions(place))}")
     for title, reason in dataset.skipped:
         typer.echo(f"skipped {title}: {reason}")
     if sheet is not None:

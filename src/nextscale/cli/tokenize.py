@@ -48,6 +48,16 @@ def tokenize(
         list[str] | None,
         typer.Option("--control", help="Control maps to keep with the tokens: canny, lines, ...; repeatable."),
     ] = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Keep the pictures' captions with the tokens, class names without any.")
+    ] = False,
+    caption_field: Annotated[
+        str | None,
+        typer.Option("--caption-field", help="Column or field of the captions.", show_default="text, caption, prompt"),
+    ] = None,
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Keep what the encoder gave, for self-correction of bits.")
+    ] = False,
     shard: Annotated[
         str | None,
         typer.Option("--shard", help="Make part i of n, counted from 0, as in 0/4.", show_default="torchrun's"),
@@ -68,6 +78,7 @@ def tokenize(
     Examples:
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --flips --out runs/tokens
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --crop random --crops 8 --out runs/tokens
+      nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --captions --out runs/tokens
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --shard 0/4 --out runs/tokens
     """
     from nextscale.data.pictures_out import check_writable
@@ -77,6 +88,8 @@ def tokenize(
     from nextscale.training.token_progress import TokenProgress
     from nextscale.training.tokenizer_recipe import load_tokenizer
 
+    if caption_field is not None and not captions:
+        raise InputError("--caption-field says where captions are; ask for them with --captions")
     check_writable(out, folder=True)
     rank, world = tokens.world_from_environment() if shard is None else read_shard(shard)
     coder = load_tokenizer(tokenizer)
@@ -92,7 +105,7 @@ def tokenize(
         with TokenProgress(dataset.split, show) as report:
             complete = tokens.tokenize(
                 coder, dataset, folder, crops, flips, shard_size, batch_size, workers, rank, world, report,
-                control or (),
+                control or (), captions, latents,
             )
         if complete:
             cache = tokens.TokenDataset(folder)
@@ -103,32 +116,36 @@ def tokenize(
             typer.echo(f"{folder}: part {rank} of {world} is done; the tokens are complete when the others are")
 
     trained, *others = split or ["train"]
-    dataset = open_pictures(data, coder.picture_size, trained, crop.value)
+    dataset = open_pictures(data, coder.picture_size, trained, crop.value, caption_field)
     # Held-out figures must not hang on chance.
     fixed = "center" if crop in (Crop.random, Crop.random_resized) else crop.value
-    held_out = [open_pictures(data, coder.picture_size, name, fixed) for name in others]
+    held_out = [open_pictures(data, coder.picture_size, name, fixed, caption_field) for name in others]
     if split is None:
-        held_out = open_held_out(dataset, data, coder.picture_size, fixed)
+        held_out = open_held_out(dataset, data, coder.picture_size, fixed, caption_field)
     make(dataset, crops, flips)
     for pictures in held_out:
         make(pictures, 1, False)
 
 
-def open_held_out(dataset: PictureDataset, data: str, size: tuple[int, int], crop: Any) -> list[PictureDataset]:
+def open_held_out(
+    dataset: PictureDataset, data: str, size: tuple[int, int], crop: Any, caption_field: str | None = None
+) -> list[PictureDataset]:
     """The split that a data set holds out from training; none where a small folder has nothing in it."""
     name = "concept-test" if "concept-test" in dataset.source.named_splits() else "validation"
     try:
-        return [open_pictures(data, size, name, crop)]
+        return [open_pictures(data, size, name, crop, caption_field)]
     except DataError as error:
         typer.echo(f"no held-out tokens: {error}")
         return []
 
 
-def open_pictures(data: str, size: tuple[int, int], split: str, crop: Any) -> PictureDataset:
+def open_pictures(
+    data: str, size: tuple[int, int], split: str, crop: Any, caption_field: str | None = None
+) -> PictureDataset:
     """A split's pictures, decoded when they are read: of several processes, each decodes its own."""
     from nextscale.data import open_dataset
 
-    return open_dataset(data, size, split, crop=crop, memory_bytes=0)
+    return open_dataset(data, size, split, crop=crop, memory_bytes=0, caption_field=caption_field)
 
 
 def read_shard(text: str) -> tuple[int, int]:

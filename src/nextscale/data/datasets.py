@@ -32,8 +32,8 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: uint8 (3, H, W), its labels, its alpha mask uint8 (1, H, W) if it has one, its stable id, and its
-    caption if it has one."""
+    """One picture: uint8 (3, H, W), its labels, its alpha mask uint8 (1, H, W) if it has one, its stable id, and the
+    first of its captions if it has any."""
 
     picture: Tensor
     labels: tuple[int, ...]
@@ -182,9 +182,14 @@ class PictureDataset:
         """(height, width) that a picture is fitted to."""
         return self.size if self.buckets is None or self.bucket_of is None else self.buckets[self.bucket_of[position]]
 
+    def captions(self, position: int) -> tuple[str, ...]:
+        """Ways to say what a picture shows, the canonical one first; none where there is nothing to say. See
+        :meth:`~nextscale.data.picture_source.PictureSource.captions`."""
+        return self.source.captions(int(self.rows[position]))
+
     def caption(self, position: int) -> str | None:
-        """The caption of a picture, None where it has none."""
-        return self.source.caption(int(self.rows[position]))
+        """The first of a picture's captions, None where it has none."""
+        return next(iter(self.captions(position)), None)
 
     def read(
         self, positions: Sequence[int] | np.ndarray, epochs: Sequence[int] | np.ndarray | None = None, seed: int = 0
@@ -252,12 +257,15 @@ class PictureDataset:
         return {bucket_name(bucket): count for bucket, count in zip(self.buckets, counts, strict=True)}
 
     def need_captions(self) -> None:
-        """Raises DataError, one line that counts and names them, where pictures have no caption."""
-        without = [row for row in self.rows.tolist() if not self.has_captions or not self.source.caption(row)]
+        """Raises DataError, one line that counts and names them, where pictures have no caption; class names are
+        captions where no picture of the source has one of its own."""
+        without = [row for row in self.rows.tolist() if not self.source.captions(row)]
         if without:
+            classes = "" if self.has_captions else ", and no class has a name"
             raise DataError(
                 f"{self.source.name} [{self.split}]: {len(without):,} of {len(self):,} pictures have no caption, the "
-                f"first is {self.source.title(without[0])}; add a .txt beside it, or a text to its row or metadata"
+                f"first is {self.source.title(without[0])}{classes}; add a .txt beside it, or a text to its row or "
+                "metadata, or name the field that has them by caption_field"
             )
 
     def need_classes(self) -> None:
@@ -291,6 +299,7 @@ def open_dataset(
     crop_area: float = CROP_AREA,
     buckets: Iterable[Bucket] | None = None,
     captions: bool = False,
+    caption_field: str | None = None,
 ) -> PictureDataset:
     """Opens a set of labelled pictures.
 
@@ -314,6 +323,8 @@ def open_dataset(
         crop_area: least share of the area that ``random-resized`` keeps, in (0, 1].
         buckets: (height, width) of aspect-ratio buckets, see :func:`~nextscale.data.buckets.aspect_buckets`.
         captions: every picture must have one.
+        caption_field: parquet column (or field of ``metadata.jsonl``, of samples' ``.json``) that holds captions, one
+            text or a list; by default ``text``, ``caption`` or ``prompt``.
 
     Raises:
         DataError: no such place, nothing in it, unreadable, cut short, columns or captions missing.
@@ -323,7 +334,7 @@ def open_dataset(
     if not 0.0 <= validation_fraction < 1.0:
         raise InputError(f"validation_fraction is {validation_fraction}, it must be at least 0 and below 1")
     check_crop(crop, crop_area)
-    source = open_source(spec, columns)
+    source = open_source(spec, columns, caption_field=caption_field)
     splits = source.splits(validation_fraction)
     if split not in splits:
         raise InputError(f"{source.name} has no split {split!r}; it has {', '.join(splits)}")

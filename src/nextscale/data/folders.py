@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from nextscale.data.captions import texts_in, texts_of
 from nextscale.data.images import SUFFIXES
 from nextscale.data.picture_source import (
-    CAPTION_FIELDS,
     PictureSource,
     class_labels,
     left_right_note,
@@ -23,6 +23,7 @@ from nextscale.data.picture_source import (
 from nextscale.errors import DataError
 
 METADATA_FILE = "metadata.jsonl"
+LARGEST_TEXT = 1 << 20
 
 
 class FolderSource(PictureSource):
@@ -32,28 +33,34 @@ class FolderSource(PictureSource):
     - Where all lie in subfolders (of these), the first subfolders are the classes; one without pictures stays a class
       with none, so that it is found out.
     - ``metadata.jsonl``, as Hugging Face's imagefolder has it: one JSON object a line, ``file_name`` relative to it,
-      the caption under ``text``, ``caption`` or ``prompt``, the class under ``label`` (where all pictures have one).
+      the caption under ``text``, ``caption`` or ``prompt``, or a list of several, the class under ``label`` (where all
+      pictures have one).
     - ``name.txt`` beside ``name.jpg`` is its caption where the metadata has none.
 
     Args:
         folder: the folder.
         label_fields: fields of the metadata that hold classes; by default ``label``, or the subfolders.
+        caption_field: field of the metadata that holds captions, in the place of those above and of files beside.
 
     Raises:
-        DataError: no pictures, or metadata that is broken or names absent files.
+        DataError: no pictures, metadata that is broken or names absent files, or no captions in their field.
     """
 
-    def __init__(self, folder: Path, label_fields: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, label_fields: Sequence[str] | None = None, caption_field: str | None = None
+    ) -> None:
         self.name = str(folder)
         self.folder = folder
         pictures, texts, metadata_files, folders = _walk(folder)
         self.files = sorted(pictures)
         if not self.files:
             raise DataError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); check the path")
-        self._texts = texts
+        self._beside = texts if caption_field is None else {}
         metadata = _read_metadata(folder, metadata_files, set(self.files))
-        self._captions = {file: caption for file, row in metadata.items() if (caption := _caption(row)) is not None}
-        self.has_captions = bool(self._captions) or any(file.with_suffix("") in texts for file in self.files)
+        self._captions = {file: found for file, row in metadata.items() if (found := texts_in(row, caption_field))}
+        if caption_field is not None and not self._captions:
+            raise DataError(f"{folder}: no picture has a caption in field {caption_field!r} of {METADATA_FILE}")
+        self.has_captions = bool(self._captions) or any(file.with_suffix("") in self._beside for file in self.files)
         depth = self._find_splits()
         if not self._take_labels(metadata, label_fields):
             self._classes_from_folders(folders, depth)
@@ -101,19 +108,19 @@ class FolderSource(PictureSource):
         """See :meth:`PictureSource.encoded`."""
         return self.folder / self.files[position]
 
-    def caption(self, position: int) -> str | None:
-        """See :meth:`PictureSource.caption`."""
+    def texts(self, position: int) -> tuple[str, ...]:
+        """See :meth:`PictureSource.texts`."""
         file = self.files[position]
         if file in self._captions:
             return self._captions[file]
-        suffix = self._texts.get(file.with_suffix(""))
+        suffix = self._beside.get(file.with_suffix(""))
         if suffix is None:
-            return None
+            return ()
         try:
-            text = (self.folder / file.with_suffix(suffix)).read_text(encoding="utf-8", errors="replace")
+            with (self.folder / file.with_suffix(suffix)).open("rb") as opened:
+                return texts_of(opened.read(LARGEST_TEXT).decode("utf-8", "replace"))
         except OSError:
-            return None
-        return text.strip() or None
+            return ()
 
 
 def _walk(folder: Path) -> tuple[list[Path], dict[Path, str], list[Path], list[Path]]:
@@ -159,11 +166,3 @@ def _read_metadata(folder: Path, files: Sequence[Path], pictures: set[Path]) -> 
                 raise DataError(f"{path} line {number} names {row['file_name']!r}, which is no picture there")
             found[name] = row
     return found
-
-
-def _caption(row: dict[str, Any]) -> str | None:
-    for field in CAPTION_FIELDS:
-        value = row.get(field)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-    return None

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from nextscale.data.parquet import caption_column, default_labels, image_column, label_column, plain_caption
+from nextscale.data.captions import texts_of
+from nextscale.data.parquet import caption_column, default_labels, image_column, label_column
 from nextscale.data.picture_source import PictureSource, left_right_note, split_named, stack_labels
 from nextscale.errors import DataError, InputError, MissingExtraError
 
@@ -21,13 +22,16 @@ class HuggingFaceSource(PictureSource):
         spec: ``owner/name`` or ``owner/name:configuration`` of the hub, a folder that ``load_dataset`` reads, or one
             that ``save_to_disk`` wrote.
         label_columns: columns that hold classes; by default ``label`` and ``style_label`` where they are there.
+        caption_field: column of captions; by default ``text``, ``caption`` or ``prompt``.
 
     Raises:
-        DataError: it cannot be opened, or has no column of pictures.
+        DataError: it cannot be opened, or has no column of pictures, or none of captions where one is named.
         MissingExtraError: ``datasets`` is not installed.
     """
 
-    def __init__(self, spec: str, label_columns: list[str] | None = None) -> None:
+    def __init__(
+        self, spec: str, label_columns: list[str] | None = None, caption_field: str | None = None
+    ) -> None:
         self.name = f"{PREFIX}{spec}"
         parts = _open(spec, self.name)
         self._parts = list(parts.values())
@@ -39,9 +43,9 @@ class HuggingFaceSource(PictureSource):
         self._image = image_column(schema, self.name)
         self._pictures = [_undecoded(part, self._image).select_columns([self._image]) for part in self._parts]
         columns = default_labels(schema) if label_columns is None else label_columns
-        self._caption = caption_column(schema)
+        self._caption = caption_column(schema, self.name, caption_field)
         self.has_captions = self._caption is not None
-        self._texts = [part.select_columns([self._caption]) for part in self._parts] if self._caption else []
+        self._told = [part.select_columns([self._caption]) for part in self._parts] if self._caption else []
         table = self._table(columns, schema)
         labels = [label_column(table, name, self.name) for name in columns]
         self.class_names, self.labels = stack_labels(labels, count)
@@ -83,9 +87,9 @@ class HuggingFaceSource(PictureSource):
             raise InputError(f"{self.title(position)} has no picture bytes")
         return value if isinstance(value, Path) else bytes(value)
 
-    def caption(self, position: int) -> str | None:
-        """See :meth:`PictureSource.caption`."""
-        return None if self._caption is None else plain_caption(self._row(self._texts, position, self._caption))
+    def texts(self, position: int) -> tuple[str, ...]:
+        """See :meth:`PictureSource.texts`."""
+        return () if self._caption is None else texts_of(self._row(self._told, position, self._caption))
 
 
 def _open(spec: str, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nextscale.data.captions import choose
 from nextscale.data.datasets import PictureDataset
 from nextscale.data.orders import Order, mix
 from nextscale.errors import InputError
@@ -34,10 +35,10 @@ class Loader:
         seed: of flips and random crops; the order has its own.
         workers: threads that prepare batches (decoding leaves Python's lock, so threads do).
         rank, ranks: this process takes slice ``rank`` of ``ranks`` of each batch.
-        captions: batches have ``caption``.
+        captions: batches have ``caption``, one of each picture's by (seed, epoch, id).
 
     Raises:
-        InputError: sizes below 1, ranks that don't divide the batch, captions of a set that has none.
+        InputError: sizes below 1, ranks that don't divide the batch, captions of a set that has none, nor class names.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Loader:
             raise InputError(f"batch_size ({batch_size}) and workers ({workers}) must be at least 1")
         if not 0 <= rank < ranks or batch_size % ranks:
             raise InputError(f"batch_size ({batch_size}) must be a multiple of ranks ({ranks}), rank ({rank}) below it")
-        if captions and not dataset.has_captions:
-            raise InputError(f"{dataset.source.name} has no captions; add them or leave captions out")
+        if captions and not (dataset.has_captions or dataset.caption(0)):
+            raise InputError(f"{dataset.source.name} has no captions, nor class names; add them or leave captions out")
         self.dataset, self.order, self.batch_size, self.start_step = dataset, order, batch_size, start_step
         self.flip, self.seed, self.workers = flip and not dataset.left_right_matters, seed, workers
         self.rank, self.ranks, self.captions = rank, ranks, captions
@@ -100,7 +101,9 @@ class Loader:
         if self.dataset.has_alpha:
             batch["alpha"] = torch.from_numpy(pixels[:, 3:].astype(np.float32) / np.float32(255.0))
         if self.captions:
-            batch["caption"] = [self.dataset.caption(place) or "" for place in places.tolist()]
+            found = [self.dataset.captions(place) or ("",) for place in places.tolist()]
+            chosen = choose(np.array([len(texts) for texts in found]), self.seed, epochs.numpy(), ids)
+            batch["caption"] = [texts[one] for texts, one in zip(found, chosen.tolist(), strict=True)]
         return batch
 
     def batches(self, start_step: int) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nextscale.data.captions import CAPTION_FIELDS, texts_of
+from nextscale.data.emoji_captions import COLUMNS, emoji_captions
 from nextscale.data.picture_source import (
-    CAPTION_FIELDS,
     PictureSource,
     class_labels,
     left_right_note,
@@ -29,8 +30,9 @@ HELD_BYTES = 2 << 30
 
 class ParquetSource(PictureSource):
     """Parquet file(s) in Hugging Face layout: a column of image structs (``bytes``) or of bytes, labels as integers
-    (named by the ``huggingface`` metadata where it is there) or strings, captions as strings, optionally a column
-    ``alpha`` of masks. Files whose names or folders begin with ``train``, ``validation`` or ``test`` are splits.
+    (named by the ``huggingface`` metadata where it is there) or strings, captions as strings or lists of them,
+    optionally a column ``alpha`` of masks. Files whose names or folders begin with ``train``, ``validation`` or
+    ``test`` are splits. A file with the emoji set's columns has captions made of them.
 
     Encoded pictures are read by row group through a memory map, and the latest groups stay in memory. Where all fit
     into ``held_bytes`` a picture can be asked for in any order; else ``blocks`` says which lie together.
@@ -39,6 +41,7 @@ class ParquetSource(PictureSource):
         files: in the order of rows.
         label_columns: columns that hold classes; by default ``label`` and ``style_label`` where they are there.
         held_bytes: memory for encoded pictures.
+        caption_field: column of captions; by default ``text``, ``caption`` or ``prompt``.
 
     Raises:
         DataError: unreadable, cut short, empty, columns missing or different.
@@ -46,7 +49,11 @@ class ParquetSource(PictureSource):
     """
 
     def __init__(
-        self, files: Sequence[Path], label_columns: Sequence[str] | None = None, held_bytes: int = HELD_BYTES
+        self,
+        files: Sequence[Path],
+        label_columns: Sequence[str] | None = None,
+        held_bytes: int = HELD_BYTES,
+        caption_field: str | None = None,
     ) -> None:
         self.name = str(files[0]) if len(files) == 1 else str(files[0].parent)
         footers = [_footer(file) for file in files]
@@ -59,17 +66,18 @@ class ParquetSource(PictureSource):
         if self.has_alpha and not is_picture_type(schema.field("alpha").type):
             raise DataError(f"{self.name}: column 'alpha' holds {schema.field('alpha').type}, not pictures")
         pictures = [image, "alpha"] if self.has_alpha else [image]
-        captions = caption_column(schema)
+        captions = caption_column(schema, self.name, caption_field)
+        told = [captions] if captions else list(COLUMNS) if set(COLUMNS) <= set(schema.names) else []
         plain = [name for name in ("concept_split", "style_split") if name in schema.names]
         columns = default_labels(schema) if label_columns is None else list(label_columns)
         self._image = image
         self._groups = _RowGroups(files, footers, pictures, held_bytes)
-        wanted = [*columns, *plain, *([captions] if captions else [])]
+        wanted = list(dict.fromkeys([*columns, *plain, *told]))
         table = _read_columns(files, schemas, wanted, pictures, self.name)
         labels = [label_column(table, name, self.name) for name in columns]
         self.class_names, self.labels = stack_labels(labels, len(table) if wanted else self._groups.rows)
-        self._captions = table.column(captions) if captions else None
-        self.has_captions = self._captions is not None and self._captions.null_count < len(self._captions)
+        self._told = table.select(told) if told else None
+        self.has_captions = any(table.column(name).null_count < len(table) for name in told)
         self.split_keys = np.arange(len(self), dtype=np.uint64)
         self._split_columns = {name: np.array([v == "test" for v in table.column(name).to_pylist()]) for name in plain}
         self._find_splits(files, footers)
@@ -101,9 +109,12 @@ class ParquetSource(PictureSource):
         """See :meth:`PictureSource.mask`."""
         return self._groups.value("alpha", position)
 
-    def caption(self, position: int) -> str | None:
-        """See :meth:`PictureSource.caption`."""
-        return None if self._captions is None else plain_caption(self._captions[position].as_py())
+    def texts(self, position: int) -> tuple[str, ...]:
+        """See :meth:`PictureSource.texts`."""
+        if self._told is None:
+            return ()
+        row = {name: self._told.column(name)[position].as_py() for name in self._told.column_names}
+        return emoji_captions(row) if len(row) > 1 else texts_of(*row.values())
 
     def named_splits(self) -> dict[str, np.ndarray]:
         """Splits of the files' names, or the emoji set's where its columns are there: concepts held out, and styles
@@ -239,17 +250,29 @@ def image_column(schema: pyarrow.Schema, name: str) -> str:
     return fields[0]
 
 
-def caption_column(schema: pyarrow.Schema) -> str | None:
-    """The column of captions, None where there is none."""
+def caption_column(schema: pyarrow.Schema, name: str, wanted: str | None = None) -> str | None:
+    """The column of captions: the one that is wanted, else the first usual one, None where there is none.
+
+    Raises:
+        DataError: there is no such column, or it holds something else.
+    """
+    held = {field.name for field in schema if _holds_text(field.type)}
+    if wanted is None:
+        return next((column for column in CAPTION_FIELDS if column in held), None)
+    if wanted not in schema.names:
+        raise DataError(f"{name} has no column {wanted!r}; it has {', '.join(schema.names)}")
+    if wanted not in held:
+        raise DataError(f"{name}: column {wanted!r} holds {schema.field(wanted).type}, not captions; name one of texts")
+    return wanted
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether an Arrow type is that of texts or of lists of them."""
     import pyarrow.types as types
 
-    strings = {field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)}
-    return next((name for name in CAPTION_FIELDS if name in strings), None)
-
-
-def plain_caption(text: str | None) -> str | None:
-    """A caption without white space around it, None where nothing is left."""
-    return (text or "").strip() or None
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def default_labels(schema: pyarrow.Schema) -> list[str]:

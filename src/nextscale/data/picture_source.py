@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nextscale.data.captions import texts_of_classes
 from nextscale.data.images import check_header, open_image, picture_size
 from nextscale.data.orders import mix
 from nextscale.errors import DataError, InputError
 
-CAPTION_FIELDS = ("text", "caption", "prompt")
 NOTES_FILE = "nextscale.json"
 _SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -35,7 +35,7 @@ class PictureSource(ABC):
         split_keys: (N,) uint64, what the hash split is made from.
         split_of: (N,) index into ``split_names`` where the source itself knows splits, else None.
         has_alpha: whether pictures have masks.
-        has_captions: whether any picture has a caption.
+        has_captions: whether any picture has a caption of its own; where none has, class names stand for them.
         left_right_matters: a mirrored picture would be wrong, so nobody mirrors them.
         blocks: (N,) number of the block that a picture is stored in, where reading one means reading its block and not
             all blocks fit into memory; else None.
@@ -71,9 +71,17 @@ class PictureSource(ABC):
         """The bytes of a picture's alpha mask, None for one that covers the picture."""
         return None
 
-    def caption(self, position: int) -> str | None:
-        """The picture's caption, None where it has none."""
-        return None
+    def texts(self, position: int) -> tuple[str, ...]:
+        """The picture's own captions."""
+        return ()
+
+    def captions(self, position: int) -> tuple[str, ...]:
+        """Ways to say what the picture shows, the canonical one first: its own captions, or the names of its classes
+        where no picture of the source has captions; none where there is nothing, or classes have numbers alone."""
+        if self.has_captions:
+            return self.texts(position)
+        labels = zip(self.class_names, self.labels[position].tolist(), strict=True)
+        return texts_of_classes(names[label] for names, label in labels if names[label] != str(label))
 
     def read(self, position: int) -> tuple[Image.Image, Image.Image | None]:
         """The picture and its alpha mask (L). Raises InputError where it is broken."""

@@ -19,33 +19,38 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def open_source(
-    spec: str | Path, columns: Sequence[str] | None = None, held_bytes: int = HELD_BYTES
+    spec: str | Path,
+    columns: Sequence[str] | None = None,
+    held_bytes: int = HELD_BYTES,
+    caption_field: str | None = None,
 ) -> PictureSource:
     """The source that a name or path stands for; see :func:`nextscale.data.datasets.open_dataset`."""
-    text = str(spec)
+    text, named = str(spec), None if columns is None else list(columns)
     if text == "emoji":
         from nextscale.data.emoji_set import emoji_set_path
 
-        return ParquetSource([Path(emoji_set_path())], columns, held_bytes)
+        return ParquetSource([Path(emoji_set_path())], columns, held_bytes, caption_field)
     if text.startswith(PREFIX):
-        return HuggingFaceSource(text[len(PREFIX) :], None if columns is None else list(columns))
+        return HuggingFaceSource(text[len(PREFIX) :], named, caption_field)
     if _BRACES.search(text):
-        return TarSource(_expand(text), columns)
+        return TarSource(_expand(text), columns, caption_field)
     path = Path(spec)
     if path.is_file():
-        return TarSource([path], columns) if _is_tar(path) else ParquetSource([path], columns, held_bytes)
+        if _is_tar(path):
+            return TarSource([path], columns, caption_field)
+        return ParquetSource([path], columns, held_bytes, caption_field)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder or parquet file; name one, or use 'emoji' for the shipped set")
     try:
         if is_saved(path):
-            return HuggingFaceSource(text, None if columns is None else list(columns))
+            return HuggingFaceSource(text, named, caption_field)
         for suffix in ("parquet", "tar"):
             files = sorted(path.rglob(f"*.{suffix}"))
             if files and suffix == "parquet":
-                return ParquetSource(files, columns, held_bytes)
+                return ParquetSource(files, columns, held_bytes, caption_field)
             if files:
-                return TarSource(files, columns)
-        return FolderSource(path, columns)
+                return TarSource(files, columns, caption_field)
+        return FolderSource(path, columns, caption_field)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from nextscale.data.captions import texts_in, texts_of
 from nextscale.data.images import SUFFIXES
 from nextscale.data.picture_source import (
-    CAPTION_FIELDS,
     PictureSource,
     class_labels,
     left_right_note,
@@ -41,7 +41,7 @@ class _Sample:
 
     key: str
     picture: tuple[str, int, int] | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     label: int | str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -53,12 +53,16 @@ class TarSource(PictureSource):
         files: the shards, in the order of samples.
         label_fields: fields of the samples' ``.json`` that hold classes; by default ``.cls``, or else ``label``, where
             every sample has it.
+        caption_field: field of the samples' ``.json`` that holds captions, one or a list; by default ``.txt`` or
+            ``.caption``, or else ``text``, ``caption`` or ``prompt``.
 
     Raises:
         DataError: a shard that is no plain tar file or was cut short; no pictures; samples without the fields.
     """
 
-    def __init__(self, files: Sequence[Path], label_fields: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, files: Sequence[Path], label_fields: Sequence[str] | None = None, caption_field: str | None = None
+    ) -> None:
         self.name = str(files[0]) if len(files) == 1 else str(files[0].parent)
         self._shards = list(files)
         samples: list[_Sample] = []
@@ -78,8 +82,13 @@ class TarSource(PictureSource):
         self._names = [name for name, _, _ in places]
         self._where = np.array([(offset, size) for _, offset, size in places], dtype=np.int64)
         self._shard = np.array(shards, dtype=np.int32)
-        self._captions = [sample.caption for sample in samples]
-        self.has_captions = any(caption is not None for caption in self._captions)
+        self._captions = [
+            sample.captions if sample.captions and caption_field is None else texts_in(sample.fields, caption_field)
+            for sample in samples
+        ]
+        self.has_captions = any(self._captions)
+        if caption_field is not None and not self.has_captions:
+            raise DataError(f"{self.name}: no sample has a caption in field {caption_field!r} of its .json")
         self.class_names, self.labels = self._find_labels(samples, label_fields)
         self.split_keys = np.array([text_key(sample.key) for sample in samples], dtype=np.uint64)
         found = splits_of_files(files) if len(files) > 1 else None
@@ -124,8 +133,8 @@ class TarSource(PictureSource):
             raise InputError(f"{self.title(position)} ends after {len(data)} of {size} bytes; fetch its shard again")
         return data
 
-    def caption(self, position: int) -> str | None:
-        """See :meth:`PictureSource.caption`."""
+    def texts(self, position: int) -> tuple[str, ...]:
+        """See :meth:`PictureSource.texts`."""
         return self._captions[position]
 
 
@@ -175,7 +184,7 @@ def _take(found: dict[str, _Sample], archive: tarfile.TarFile, member: tarfile.T
         sample = found.setdefault(key, _Sample(key))
         text = _text(archive, member)
         if suffix in _TEXTS:
-            sample.caption = text.strip() or None
+            sample.captions = texts_of(text)
         elif suffix == ".cls":
             sample.label = int(text) if text.strip().isdecimal() else text.strip()
         else:
@@ -190,9 +199,6 @@ def _take_fields(sample: _Sample, text: str) -> None:
     if not isinstance(fields, dict):
         return
     sample.fields = fields
-    captions = [fields[name] for name in CAPTION_FIELDS if isinstance(fields.get(name), str) and fields[name].strip()]
-    if sample.caption is None and captions:
-        sample.caption = captions[0].strip()
 
 
 def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextscale.data.captions import PackedCaptions
 from nextscale.data.controls import planes_of
 from nextscale.data.token_shards import MANIFEST, Shard, check_shard, read_manifest, shard_file
-from nextscale.errors import DataError
+from nextscale.errors import DataError, InputError
 
 
 class TokenDataset:
@@ -28,8 +29,9 @@ class TokenDataset:
         labels: long (N, n).
         rows: (N,) ids of the pictures, as the data set counts them.
         class_names: one tuple a label kind.
-        mapped: tokens (N, A, L) or (N, A, L, width) of every shard, lying in its file.
+        mapped: tokens of every shard as they lie in its file, (N, A, L) or (N, A, L, width).
         controls: control maps (N, A, P, H, W) of every shard, None where the cache has none.
+        caption_counts: (N,) how many captions each picture has, None where the cache has none.
 
     Raises:
         DataError: not a complete cache, or a shard is missing, cut short, damaged or of another cache.
@@ -55,6 +57,10 @@ class TokenDataset:
                 report(number + 1, len(self.manifest.shards))
         self.mapped = [mapped.tokens_NAL for mapped in shards]
         self.controls = [mapped.control_NAPHW for mapped in shards]
+        self._latents = [mapped.latents_NALC for mapped in shards]
+        self._captions = [mapped.captions for mapped in shards if mapped.captions is not None]
+        counts = [packed.counts for packed in self._captions]
+        self.caption_counts = torch.cat(counts).numpy() if self.job.captions else None
         self._starts = np.cumsum([0, *(len(mapped.ids_N) for mapped in shards)])
         self.labels = torch.cat([mapped.labels_Nn for mapped in shards])
         self.rows = torch.cat([mapped.ids_N for mapped in shards]).numpy()
@@ -75,16 +81,58 @@ class TokenDataset:
         return int(self._starts[-1])
 
     def read(self, positions: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | int = 0) -> Tensor:
-        """Tokens (B, L) or (B, L, width) of some positions, each in the version asked for, in the cache's type."""
+        """Tokens (B, L) or (B, L, width) of some positions, each in the version asked for, in the cache's type; tokens
+        that are bits as booleans (B, L, d)."""
+        return self.job.opened(self._gathered(self.mapped, positions, versions))
+
+    def read_latents(self, positions: Sequence[int] | np.ndarray,
+                     versions: Sequence[int] | np.ndarray | int = 0) -> Tensor:
+        """The latents (B, h w, C) of some positions, float16: what the encoder gave at the last scale's cells.
+
+        Raises:
+            InputError: the cache has none.
+        """
+        self.need(latents=True)
+        return self._gathered([mapped for mapped in self._latents if mapped is not None], positions, versions)
+
+    def _gathered(self, mapped: Sequence[Tensor], positions: Sequence[int] | np.ndarray,
+                  versions: Sequence[int] | np.ndarray | int) -> Tensor:
+        """Rows (B, ...) of tensors (N, A, ...), one a shard, by position and version."""
         places = np.asarray(positions, dtype=np.int64)
         wanted = np.broadcast_to(np.asarray(versions, dtype=np.int64), places.shape)
         shards = np.searchsorted(self._starts, places, side="right") - 1
-        found = torch.empty(len(places), *self.job.token_shape, dtype=self.job.dtype)
+        found = torch.empty(len(places), *mapped[0].shape[2:], dtype=mapped[0].dtype)
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
             rows = torch.from_numpy(places[here] - self._starts[shard])
-            found[torch.from_numpy(here)] = self.mapped[shard][rows, torch.from_numpy(wanted[here])]
+            found[torch.from_numpy(here)] = mapped[shard][rows, torch.from_numpy(wanted[here])]
         return found
+
+    def captions(self, position: int) -> tuple[str, ...]:
+        """The captions of a picture, the canonical one first.
+
+        Raises:
+            InputError: the cache has none.
+        """
+        packed, row = self._captions_at(position)
+        return packed.of(row)
+
+    def caption(self, position: int, number: int = 0) -> str:
+        """Caption ``number`` of a picture, by default the canonical one. Raises as :meth:`captions`."""
+        packed, row = self._captions_at(position)
+        return packed.one(row, number)
+
+    def _captions_at(self, position: int) -> tuple[PackedCaptions, int]:
+        self.need(captions=True)
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self._captions[shard], int(position - self._starts[shard])
+
+    def need(self, captions: bool = False, latents: bool = False) -> None:
+        """Raises InputError where the cache lacks what is asked for."""
+        for name, wanted, there in (("captions", captions, self.job.captions), ("latents", latents, self.job.latents)):
+            if wanted and not there:
+                raise InputError(f"{self.folder} has no {name}; make them with `nextscale tokenize --{name}`, into "
+                                 "another folder")
 
     def read_control(self, positions: Sequence[int] | np.ndarray, kinds: Sequence[str],
                      versions: Sequence[int] | np.ndarray | int = 0) -> Tensor:
@@ -111,6 +159,10 @@ class TokenDataset:
         versions = f", {job.versions} versions of each" if job.versions > 1 else ""
         if job.control:
             versions += f", with maps of {', '.join(job.control)}"
+        if self.caption_counts is not None:
+            versions += f", {int(self.caption_counts.sum()):,} captions"
+        if job.latents:
+            versions += ", latents"
         line = (f"{self.folder}: tokens of {len(self):,} pictures of {job.data} [{job.split}], {classes}{versions}, "
                 f"{job.length} " + ("vectors" if job.width else f"tokens on {len(job.grids)} scales"))
         return f"{line}, {len(self.manifest.skipped):,} skipped as unreadable" if self.manifest.skipped else line

@@ -4,20 +4,21 @@ A cache is a folder::
 
     job.json                       what is being made, written first
     tokens-00000.safetensors ...   tokens (N, A, L) or (N, A, L, width), labels (N, n), ids (N,)
-                                   maybe control (N, A, P, H, W)
+                                   maybe control (N, A, P, H, W), latents (N, A, h w, C), captions of the pictures
     manifest.json                  the job and every shard's range and checksum, written last
 
 N pictures of a shard, A versions of each (crops times mirrorings), L tokens of a version over all scales, coarse to
-fine; control maps are uint8, P planes, made of the very crop that was encoded. A shard is there whole or not at all,
-so a job that was killed goes on where it was, and several processes can share one job: each makes shards of its own,
-and whoever sees the last one writes the manifest.
+fine; control maps are uint8, P planes, made of the very crop that was encoded; latents are float16, what the encoder
+gave at the last scale's h w cells, C numbers each, before it was coded; captions are UTF-8 bytes with the places where
+each begins. A shard is there whole or not at all, so a job that was killed goes on where it was, and several processes
+can share one job: each makes shards of its own, and whoever sees the last one writes the manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nextscale.data.bits import pack_bits, packed_width, unpack_bits
+from nextscale.data.captions import PackedCaptions
 from nextscale.data.controls import check_kinds, plane_count
 from nextscale.data.pictures_out import flush, writing
 from nextscale.errors import DataError, InputError
@@ -36,6 +39,9 @@ FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"
 _CHECK_BYTES = 1 << 24
 _ABOUT = "nextscale"
+# Fields that came later: a job without them has the fingerprint that it had before.
+_LATER = ("width", "control", "captions", "bits", "latents")
+_CAPTIONS = {"text": "caption_text", "starts": "caption_starts", "firsts": "caption_firsts"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class TokenJob:
     Attributes:
         tokenizer: fingerprint of the tokenizer's weights and configuration.
         grids: the schedule of scales, coarse to fine, as (h, w) pairs; the last alone where tokens are vectors.
-        vocabulary: number of codes; tokens lie in [0, vocabulary). 0 where they are vectors.
+        vocabulary: number of codes; tokens lie in [0, vocabulary). 0 where they are vectors, 2^d of d bits.
         picture_size: height and width in pixels of what was encoded.
         data, split: name of the data set and of its split.
         pictures: how many the split has.
@@ -58,6 +64,9 @@ class TokenJob:
         width: numbers of a token that is a vector (mean and log-variance, in float16), 0 where tokens are codes.
         format: version of the layout.
         control: kinds of the control maps that lie beside the tokens.
+        captions: fingerprint of the pictures' captions, which lie beside the tokens; "" where they don't.
+        bits: bits d of a token that is bits and not an index, 0 of others; a shard holds it as ceil(d / 8) bytes.
+        latents: numbers C of a cell of the latents that lie beside the tokens, 0 where they don't.
     """
 
     tokenizer: str
@@ -77,6 +86,9 @@ class TokenJob:
     width: int = 0
     format: int = FORMAT
     control: tuple[str, ...] = ()
+    captions: str = ""
+    bits: int = 0
+    latents: int = 0
 
     @property
     def length(self) -> int:
@@ -95,22 +107,42 @@ class TokenJob:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The smallest signed integers that hold the vocabulary; float16 of vectors."""
+        """The smallest signed integers that hold the vocabulary; float16 of vectors, uint8 of packed bits."""
         if self.width:
             return torch.float16
+        if self.bits:
+            return torch.uint8
         return next(dtype for dtype in (torch.int16, torch.int32, torch.int64)
                     if self.vocabulary - 1 <= torch.iinfo(dtype).max)
 
     @property
     def token_shape(self) -> tuple[int, ...]:
-        """The shape of one version's tokens, (L,) or (L, width)."""
-        return (self.length, self.width) if self.width else (self.length,)
+        """The shape of one version's tokens as a shard holds them, (L,) or (L, width)."""
+        width = self.width or packed_width(self.bits)
+        return (self.length, width) if width else (self.length,)
 
-    def misfit(self, tokens: Tensor) -> str:
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """The shape of one version's latent, (h w, C) of the last scale."""
+        h, w = self.grids[-1]
+        return h * w, self.latents
+
+    def stored(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., L), vectors (..., L, width) or bits (..., L, d) as a shard holds them."""
+        return (pack_bits(tokens) if self.bits else tokens).to(self.dtype)
+
+    def opened(self, stored: Tensor) -> Tensor:
+        """Tokens from what a shard holds: in its type, or bits (..., L, d) as booleans."""
+        return unpack_bits(stored, self.bits) if self.bits else stored
+
+    def misfit(self, stored: Tensor) -> str:
         """What is wrong with values of tokens, nothing where they are what the job has."""
         if self.width:
-            return "" if bool(tokens.isfinite().all()) else "that are no finite numbers"
-        inside = not tokens.numel() or 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary
+            return "" if bool(stored.isfinite().all()) else "that are no finite numbers"
+        if self.bits:
+            spare = -self.bits % 8
+            return "" if not bool((stored[..., -1] & ((1 << spare) - 1)).any()) else f"of more than {self.bits} bits"
+        inside = not stored.numel() or 0 <= int(stored.min()) <= int(stored.max()) < self.vocabulary
         return "" if inside else f"outside 0..{self.vocabulary - 1}"
 
     def range_of(self, shard: int) -> range:
@@ -184,11 +216,12 @@ def shard_file(shard: int) -> str:
 
 
 def write_shard(folder: Path, job: TokenJob, shard: int, tokens_NAL: Tensor, labels_Nn: Tensor, ids_N: Tensor,
-                skipped: Sequence[tuple[str, str]] = (), control_NAPHW: Tensor | None = None) -> None:
-    """Write one shard under a temporary name, flush it to the disk, then rename.
+                skipped: Sequence[tuple[str, str]] = (), control_NAPHW: Tensor | None = None,
+                captions: Sequence[Sequence[str]] | None = None, latents_NALC: Tensor | None = None) -> None:
+    """Write one shard under a temporary name, flush it to the disk, then rename. Tokens: as the job stores them.
 
     Raises:
-        InputError: a token lies outside the vocabulary, or isn't finite.
+        InputError: a token lies outside the vocabulary, or a token or latent isn't finite.
         DataError: it cannot be written.
     """
     if misfit := job.misfit(tokens_NAL):
@@ -197,7 +230,15 @@ def write_shard(folder: Path, job: TokenJob, shard: int, tokens_NAL: Tensor, lab
                "ids": ids_N.long().contiguous()}
     if control_NAPHW is not None:
         tensors["control"] = control_NAPHW.contiguous()
-    about = {"job": job_fingerprint(job), "shard": shard, "sha256": _digest(tensors), "skipped": [*map(list, skipped)]}
+    if latents_NALC is not None:
+        tensors["latents"] = latents_NALC.half().contiguous()
+        if not bool(tensors["latents"].isfinite().all()):
+            raise InputError(f"shard {shard} has latents that float16 can't hold; leave latents out")
+    if captions is not None:
+        packed = PackedCaptions.pack(captions)
+        tensors |= {name: getattr(packed, part) for part, name in _CAPTIONS.items()}
+    about = {"job": job_fingerprint(job), "shard": shard, "sha256": _digest(tensors.values()),
+             "skipped": [*map(list, skipped)]}
     # One entry, because safetensors writes several in an order of its own and the same shard must have the same bytes.
     metadata = {_ABOUT: json.dumps(about, sort_keys=True)}
     path = folder / shard_file(shard)
@@ -218,18 +259,21 @@ def clear_leftovers(folder: Path, shard: int) -> None:
 
 def job_fingerprint(job: TokenJob) -> str:
     """What ties a shard to its job."""
-    told = asdict(job)
-    if not job.width:  # as caches have it that were made before there were vectors
-        del told["width"]
-    if not job.control:
-        del told["control"]
+    told = {name: value for name, value in asdict(job).items() if value or name not in _LATER}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def _names(job: TokenJob) -> list[str]:
+    """The tensors of a job's shards, in the order of their checksum."""
+    return ["tokens", "labels", "ids", *(["control"] if job.control else []), *(["latents"] if job.latents else []),
+            *(_CAPTIONS.values() if job.captions else [])]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """A checksum of tensors, in the order in which they lie in :class:`MappedShard`."""
     digest = hashlib.sha256()
-    for name in ("tokens", "labels", "ids", *(["control"] if "control" in tensors else [])):
-        for part in _parts(tensors[name]):
+    for tensor in tensors:
+        for part in _parts(tensor):
             digest.update(part.numpy().data)
     return digest.hexdigest()
 
@@ -242,7 +286,7 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class MappedShard:
-    """A shard's tensors, tokens and control maps mapped from the file and not read; its checksum; (title, reason) of
+    """A shard's tensors, mapped from the file and not read but for labels and ids; its checksum; (title, reason) of
     what it lacks."""
 
     tokens_NAL: Tensor
@@ -251,6 +295,14 @@ class MappedShard:
     sha256: str
     skipped: tuple[tuple[str, str], ...]
     control_NAPHW: Tensor | None = None
+    latents_NALC: Tensor | None = None
+    captions: PackedCaptions | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that the file holds, in the order of its checksum."""
+        packed = self.captions
+        rest = [self.control_NAPHW, self.latents_NALC, *((packed.text, packed.starts, packed.firsts) if packed else ())]
+        return [self.tokens_NAL, self.labels_Nn, self.ids_N, *(tensor for tensor in rest if tensor is not None)]
 
 
 def map_shard(path: Path, job: TokenJob, shard: int) -> MappedShard:
@@ -262,8 +314,7 @@ def map_shard(path: Path, job: TokenJob, shard: int) -> MappedShard:
     advice = "remove it and run the same `nextscale tokenize` again, which makes only what is missing"
     try:
         with safe_open(path, framework="pt") as opened:
-            names = ("tokens", "labels", "ids", *(["control"] if job.control else []))
-            found = {name: opened.get_tensor(name) for name in names}
+            found = {name: opened.get_tensor(name) for name in _names(job)}
             about = json.loads((opened.metadata() or {}).get(_ABOUT, "{}"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing; run the same `nextscale tokenize` again to make it anew") from None
@@ -285,8 +336,18 @@ def map_shard(path: Path, job: TokenJob, shard: int) -> MappedShard:
     if control is not None and (tuple(control.shape) != planes or control.dtype != torch.uint8):
         raise DataError(f"{path} holds control maps {tuple(control.shape)} of {control.dtype} and not {planes} of "
                         f"uint8; {advice}")
+    latents = found.get("latents")
+    shape = (count, job.versions, *job.latent_shape)
+    if latents is not None and (tuple(latents.shape) != shape or latents.dtype != torch.float16):
+        raise DataError(f"{path} holds latents {tuple(latents.shape)} of {latents.dtype} and not {shape} of float16; "
+                        f"{advice}")
+    captions = None
+    if job.captions:
+        captions = PackedCaptions(**{part: found[name] for part, name in _CAPTIONS.items()})
+        if misfit := captions.misfit(count):
+            raise DataError(f"{path} holds captions {misfit}; {advice}")
     skipped = tuple((title, reason) for title, reason in about["skipped"])
-    return MappedShard(tokens, labels.clone(), ids.clone(), about["sha256"], skipped, control)
+    return MappedShard(tokens, labels.clone(), ids.clone(), about["sha256"], skipped, control, latents, captions)
 
 
 def check_shard(path: Path, job: TokenJob, shard: int) -> MappedShard:
@@ -297,15 +358,12 @@ def check_shard(path: Path, job: TokenJob, shard: int) -> MappedShard:
     """
     mapped = map_shard(path, job, shard)
     digest = hashlib.sha256()
-    for part in _parts(mapped.tokens_NAL):
-        digest.update(part.numpy().data)
-        if misfit := job.misfit(part):
-            raise DataError(f"{path} holds tokens {misfit}; it is damaged, remove it and run the same `nextscale "
-                            "tokenize` again")
-    for tensor in (mapped.labels_Nn, mapped.ids_N):
-        digest.update(tensor.numpy().data)
-    for part in () if mapped.control_NAPHW is None else _parts(mapped.control_NAPHW):
-        digest.update(part.numpy().data)
+    for tensor in mapped.tensors():
+        for part in _parts(tensor):
+            digest.update(part.numpy().data)
+            if tensor is mapped.tokens_NAL and (misfit := job.misfit(part)):
+                raise DataError(f"{path} holds tokens {misfit}; it is damaged, remove it and run the same `nextscale "
+                                "tokenize` again")
     if digest.hexdigest() != mapped.sha256:
         raise DataError(f"{path} doesn't have the checksum that it was written with; it is damaged, remove it and run "
                         "the same `nextscale tokenize` again")
@@ -371,6 +429,8 @@ def _job(found: dict[str, Any], path: Path) -> TokenJob:
                           "picture_size": tuple(int(side) for side in found["picture_size"])})
         if min(job.length, job.vocabulary + job.width, job.pictures, job.shard_pictures, job.crops) < 1:
             raise ValueError("sizes must be at least 1")
+        if min(job.bits, job.latents) < 0 or (job.bits and job.vocabulary != 2**job.bits):
+            raise ValueError("bits or latents are of no such size")
         return job
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None

@@ -198,7 +198,7 @@ def own_rows(batch: Batch, batch_size: int) -> Batch:
     if found != batch_size:
         raise InputError(f"the loader gave {found} pictures; {wanted} are process {parallel.rank()}'s share")
     mine = parallel.share(batch_size)
-    return {name: tensor[mine.start : mine.stop] for name, tensor in batch.items()}
+    return {name: rows[mine.start : mine.stop] for name, rows in batch.items()}
 
 
 def settle(records: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -48,6 +48,7 @@ class DataRecipe:
         bucket_multiple: sides of buckets are multiples of it, in pixels; the tokenizer's factor divides it.
         workers: threads that prepare batches.
         allow_empty_classes: train although classes have no picture.
+        caption_field: column or field that holds captions, as ``open_dataset`` takes it; "" for the usual ones.
     """
 
     spec: str = "emoji"
@@ -63,6 +64,7 @@ class DataRecipe:
     bucket_multiple: int = 32
     workers: int = 1
     allow_empty_classes: bool = False
+    caption_field: str = ""
 
     def __post_init__(self) -> None:
         check_crop(self.crop, self.crop_area)
@@ -107,8 +109,9 @@ def check_size(model: TokenizerConfig, data: DataRecipe) -> None:
 def open_splits(data: DataRecipe) -> tuple[PictureDataset, PictureDataset | None]:
     """The pictures to train on and the held-out ones, None where the recipe or the set has none."""
     buckets = aspect_buckets(data.size, data.largest_ratio, data.bucket_multiple) if data.largest_ratio > 1 else None
+    field = data.caption_field or None
     dataset = open_dataset(data.spec, data.size, data.split, report=terminal_report, crop=data.crop,
-                           crop_area=data.crop_area, buckets=buckets)
+                           crop_area=data.crop_area, buckets=buckets, caption_field=field)
     if parallel.is_main():
         _describe(dataset, data)
     if not data.held_out:
@@ -116,7 +119,7 @@ def open_splits(data: DataRecipe) -> tuple[PictureDataset, PictureDataset | None
     split = data.held_out_split if data.held_out_split in dataset.source.named_splits() else "validation"
     fixed: Crop = "center" if data.crop in RANDOM_CROPS else data.crop
     try:
-        return dataset, open_dataset(data.spec, data.size, split, crop=fixed)
+        return dataset, open_dataset(data.spec, data.size, split, crop=fixed, caption_field=field)
     except DataError as error:  # a small folder may hash nothing into the validation split
         print(f"no held-out pictures: {error}")
         return dataset, None

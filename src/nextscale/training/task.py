@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""What a step trains on, by name: tensors with a row a picture, and lists of texts with one a picture."""
 Metrics = Mapping[str, "float | Tensor"]
 
 

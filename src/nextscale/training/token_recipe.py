@@ -31,19 +31,19 @@ class TokenRecipe(Protocol):
     def data(self) -> DataRecipe: ...
 
 
-def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path,
-                    control: Sequence[str] = ()) -> tuple[TokenDataset, TokenDataset | None]:
+def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path, control: Sequence[str] = (),
+                    captions: bool = False, latents: bool = False) -> tuple[TokenDataset, TokenDataset | None]:
     """Tokens to train on and held-out ones, None where there are none.
 
     Without ``recipe.tokens`` the pictures of ``recipe.data`` are tokenized into ``out/tokens/`` first, by all
-    processes of the launch together; with it the pictures are not looked at. control: kinds of control maps to have
-    beside the tokens.
+    processes of the launch together; with it the pictures are not looked at. To have beside the tokens: control: kinds
+    of control maps; captions: of every picture, which then needs no class; latents: what the encoder gave.
 
     Raises:
-        InputError: the cache is another tokenizer's, or has no mirrored versions where the recipe wants them; or the
+        InputError: the cache is another tokenizer's, or lacks what is asked for, mirrored versions among it; or the
             pictures have another size than the tokenizer's, or a random crop.
-        DataError: the cache is missing, not complete or damaged, there are no classes or empty ones, or the disk
-            refuses.
+        DataError: the cache is missing, not complete or damaged, there are no captions, or in their place no classes
+            or empty ones, or the disk refuses.
     """
     data = recipe.data
     if recipe.tokens:
@@ -60,24 +60,28 @@ def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path,
                 options = " ".join(f"--control {kind}" for kind in control)
                 raise InputError(f"recipe: {cache.folder} has no control maps of {', '.join(missing)}; make them with "
                                  f"`nextscale tokenize {options}`")
-        _need_classes(dataset, data)
+            if cache is not None:
+                cache.need(captions, latents)
+        if not captions:
+            _need_classes(dataset, data)
         return dataset, held_out
     check_size(tokenizer.config, data)
     if data.crop in RANDOM_CROPS:
         raise InputError(f"recipe: data.crop is {data.crop!r}, but a training's own tokens have one crop a picture; "
                          f"make tokens with `nextscale tokenize --crop {data.crop} --crops 8` and name their folder")
     pictures, held_out_pictures = open_splits(data)
-    if not (pictures.class_names and data.allow_empty_classes):
+    if not captions and not (pictures.class_names and data.allow_empty_classes):
         pictures.need_classes()
     with TokenProgress(pictures.split, parallel.is_main()) as report:
         flips = data.flip and not pictures.left_right_matters
         dataset = cached_tokens(tokenizer, pictures, out / "tokens" / pictures.split, flips, data.workers, report,
-                                control)
+                                control, captions, latents)
     if held_out_pictures is None:
         return dataset, None
     with TokenProgress(held_out_pictures.split, parallel.is_main()) as report:
         folder = out / "tokens" / held_out_pictures.split
-        return dataset, cached_tokens(tokenizer, held_out_pictures, folder, False, data.workers, report, control)
+        return dataset, cached_tokens(tokenizer, held_out_pictures, folder, False, data.workers, report, control,
+                                      captions, latents)
 
 
 def _need_classes(dataset: TokenDataset, data: DataRecipe) -> None:
@@ -91,10 +95,11 @@ def _need_classes(dataset: TokenDataset, data: DataRecipe) -> None:
                         "pictures and tokenize again, or set data.allow_empty_classes to true")
 
 
-def token_loader(dataset: TokenDataset, data: DataRecipe, train: TrainConfig,
-                 control: Sequence[str] = ()) -> TokenLoader:
-    """Batches of a cache in the recipe's order; each process reads its share of a batch."""
-    order: Order = (ClassBalancedOrder(dataset.labels[:, 0], train.seed) if data.balanced
+def token_loader(dataset: TokenDataset, data: DataRecipe, train: TrainConfig, control: Sequence[str] = (),
+                 captions: bool = False, latents: bool = False) -> TokenLoader:
+    """Batches of a cache in the recipe's order; each process reads its share of a batch. control, captions, latents:
+    what of the cache batches have beside tokens and labels."""
+    order: Order = (ClassBalancedOrder(dataset.labels[:, 0], train.seed) if data.balanced and dataset.class_names
                     else ShuffledOrder(len(dataset), train.seed))
-    return TokenLoader(dataset, order, train.batch_size, train.seed, parallel.rank(), parallel.world(),
-                       control)
+    return TokenLoader(dataset, order, train.batch_size, train.seed, parallel.rank(), parallel.world(), control,
+                       captions, latents)

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from nextscale import parallel
+from nextscale.canvas import Canvas
 from nextscale.data import PictureDataset
+from nextscale.data.captions import captions_fingerprint
 from nextscale.data.controls import CONTROLS, check_kinds, make_controls
 from nextscale.data.crops import RANDOM_CROPS
 from nextscale.data.token_dataset import TokenDataset
@@ -39,6 +41,7 @@ from nextscale.data.token_shards import (
     write_shard,
 )
 from nextscale.errors import DataError, InputError
+from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.tokenizer import MAKES_CODES, STATISTICS
 
 if TYPE_CHECKING:
@@ -75,18 +78,20 @@ def _chosen(config: Any) -> Any:
 
 
 def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flips: bool = False,
-             shard_pictures: int = 4096, control: Sequence[str] = ()) -> TokenJob:
+             shard_pictures: int = 4096, control: Sequence[str] = (), captions: bool = False,
+             latents: bool = False) -> TokenJob:
     """The job of tokenizing a data set, which was opened at the tokenizer's picture size.
 
     Raises:
         InputError: what was asked for doesn't go with the tokenizer or the pictures.
+        DataError: captions were asked for, and pictures have none.
     """
     size, name = tokenizer.picture_size, dataset.source.name
     if dataset.size != size or dataset.buckets is not None:
         raise InputError(f"{name}: the tokenizer takes pictures of {size[0]}x{size[1]} pixels and a cache one size "
                          "only; open the data set at that size, without buckets")
-    if getattr(tokenizer.config, "tokens", "index") != "index":
-        raise InputError("the tokenizer emits bits, but a cache holds indices; set its tokens to 'index'")
+    if latents and tokenizer.config.continuous:
+        raise InputError("the tokenizer's tokens are latents already, their means and variances; leave latents out")
     if crops < 1 or shard_pictures < 1:
         raise InputError(f"crops ({crops}) and pictures a shard ({shard_pictures}) must be at least 1")
     if (crops > 1) != (dataset.crop in RANDOM_CROPS):
@@ -98,47 +103,62 @@ def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flip
     if any(CONTROLS[kind].alpha for kind in check_kinds(control)) and not dataset.has_alpha:
         raise InputError(f"{name}: its pictures have no alpha masks, which one of the controls {', '.join(control)} is "
                          "taken from; use edges, canny, lines or small")
+    told = ""
+    if captions:
+        dataset.need_captions()
+        told = captions_fingerprint(dataset.captions(place) for place in range(len(dataset)))
     names = tuple(tuple(kind) for kind in dataset.class_names)
-    grids, width = _cached(tokenizer)
+    grids, width, bits = _cached(tokenizer)
     return TokenJob(tokenizer_hash(tokenizer), grids, tokenizer.config.vocabulary, size,
                     Path(name).name, dataset.split, len(dataset), fingerprint_of(dataset.rows, dataset.labels, names),
                     names, dataset.crop, dataset.crop_area, crops, flips, shard_pictures, width,
-                    control=tuple(control))
+                    control=tuple(control), captions=told, bits=bits,
+                    latents=tokenizer.config.autoencoder.latent_width if latents else 0)
 
 
-def _cached(tokenizer: Tokenizer) -> tuple[tuple[tuple[int, int], ...], int]:
-    """The grids that a cache has tokens of, and the numbers of a vector, 0 where tokens are codes."""
+def _cached(tokenizer: Tokenizer) -> tuple[tuple[tuple[int, int], ...], int, int]:
+    """The grids that a cache has tokens of, the numbers of a vector and the bits of a token, each 0 where tokens are
+    something else."""
     config = tokenizer.config
-    return config.cached_grids, 2 * config.autoencoder.latent_width if config.continuous else 0
+    width = config.autoencoder.latent_width
+    return config.cached_grids, 2 * width if config.continuous else 0, width if config.tokens == "bits" else 0
 
 
 @torch.no_grad()
-def encode(tokenizer: Tokenizer, pixels: np.ndarray) -> Tensor:
-    """Tokens (B, L) of pictures uint8 (B, 3, H, W), all scales, coarse to fine; moments (B, L, 2C) of Gaussian
-    latents."""
+def encode(tokenizer: Tokenizer, pixels: np.ndarray, latents: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, L), or bits (B, L, d), of pictures uint8 (B, 3, H, W), all scales, coarse to fine; moments (B, L, 2C)
+    of Gaussian latents. With ``latents`` also the latents (B, h w, C) in float16 that the tokens are of: what was
+    rounded is coded, so that coding a cached latent again gives the cached tokens."""
     device = next(tokenizer.parameters()).device
     pictures = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float() / 127.5 - 1
     if tokenizer.config.continuous:
-        return tokenizer.cached_moments(pictures).cpu()
-    return torch.cat(tokenizer.encode(pictures).tokens, 1).cpu()
+        return tokenizer.cached_moments(pictures).cpu(), None
+    if not latents:
+        return torch.cat(tokenizer.encode(pictures).tokens, 1).cpu(), None
+    latent = tokenizer.latent(pictures).half()
+    canvas = Canvas.empty(tokenizer.plan, tokenizer.quantiser, len(pictures), device)
+    found = pyramid.encode(latent.float(), canvas, lambda k, z: tokenizer.quantiser.quantise(z))
+    return torch.cat(found.tokens, 1).cpu(), latent.flatten(2).transpose(1, 2).cpu()
 
 
 def tokenize(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, crops: int = 1, flips: bool = False,
              shard_pictures: int = 4096, batch_size: int = 64, workers: int = 2, rank: int = 0, world: int = 1,
-             report: ShardReport | None = None, control: Sequence[str] = ()) -> bool:
+             report: ShardReport | None = None, control: Sequence[str] = (), captions: bool = False,
+             latents: bool = False) -> bool:
     """Make this process's shards of a cache, those that are not there yet; says whether the whole cache is complete.
 
     workers: threads that decode pictures; rank, world: this process makes shards ``rank, rank + world, ...``; a job
-    that was killed may go on with another world; control: kinds of control maps to keep beside the tokens.
+    that was killed may go on with another world. To keep beside the tokens: control: kinds of control maps; captions:
+    all of each picture; latents: what the encoder gave, in float16.
 
     Raises:
         InputError: the folder holds another job's tokens, or numbers out of range.
-        DataError: a shard that is there is damaged, or the disk refuses.
+        DataError: a shard that is there is damaged, pictures have no captions, or the disk refuses.
     """
     if batch_size < 1 or workers < 1 or not 0 <= rank < world:
         raise InputError(f"batch size {batch_size} and workers {workers} must be at least 1, rank {rank} in "
                          f"0..{world - 1}")
-    job = describe(tokenizer, dataset, crops, flips, shard_pictures, control)
+    job = describe(tokenizer, dataset, crops, flips, shard_pictures, control, captions, latents)
     broken_before = list(dataset.skipped)
     begin(folder, job)
     tokenizer.eval()
@@ -164,28 +184,36 @@ def _make_shard(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, job
     covered = job.range_of(shard)
     # Batches begin at the shard's first picture, so a shard that is made anew has the very same tokens.
     batches = [np.arange(start, min(start + batch_size, covered.stop)) for start in covered[::batch_size]]
-    tokens, kept, skipped, maps = [], [], [], []
+    tokens: list[Tensor] = []
+    maps: list[Tensor] = []
+    latents: list[Tensor] = []
+    kept, skipped = [], []
     reads = _read_ahead(dataset, [(batch, crop) for batch in batches for crop in range(job.crops)], workers)
     for asked in batches:
-        versions, controls, good = [], [], np.ones(len(asked), dtype=bool)
+        versions, controls, encoded, good = [], [], [], np.ones(len(asked), dtype=bool)
         for pixels, places in islice(reads, job.crops):
             for version in (pixels, pixels[..., ::-1])[:1 + job.flips]:
-                versions.append(encode(tokenizer, version[:, :3]))
+                coded, latent = encode(tokenizer, version[:, :3], job.latents > 0)
+                versions.append(job.stored(coded))
+                if latent is not None:
+                    encoded.append(latent)
                 if job.control:
                     controls.append(torch.from_numpy(make_controls(version, job.control)))
             # For a picture that turned out broken only now the next good one was read, which has a place of its own.
             good &= places == asked
-        tokens.append(torch.stack(versions, 1)[torch.from_numpy(good)].to(job.dtype))
-        if job.control:
-            maps.append(torch.stack(controls, 1)[torch.from_numpy(good)])
+        for parts, all_parts in ((versions, tokens), (controls, maps), (encoded, latents)):
+            if parts:
+                all_parts.append(torch.stack(parts, 1)[torch.from_numpy(good)])
         kept.append(asked[good])
         reasons = dict(dataset.skipped)
         titles = [dataset.source.title(int(dataset.rows[place])) for place in asked[~good]]
         skipped += [(title, reasons.get(title, "unreadable")) for title in titles]
         yield len(asked)
     found = np.concatenate(kept)
+    captions = [dataset.captions(place) for place in found.tolist()] if job.captions else None
     write_shard(folder, job, shard, torch.cat(tokens), dataset.labels[torch.from_numpy(found)],
-                torch.from_numpy(dataset.rows[found].astype(np.int64)), skipped, torch.cat(maps) if maps else None)
+                torch.from_numpy(dataset.rows[found].astype(np.int64)), skipped, torch.cat(maps) if maps else None,
+                captions, torch.cat(latents) if latents else None)
 
 
 def _read_ahead(dataset: PictureDataset, wanted: Sequence[tuple[np.ndarray, int]],
@@ -209,6 +237,7 @@ def check_fits(folder: Path, job: TokenJob, tokenizer: Tokenizer) -> None:
     """Raises InputError where a cache was not made by this very tokenizer, naming the first thing that differs."""
     config, fingerprint = tokenizer.config, tokenizer_hash(tokenizer)
     pairs = (("the schedule", _sides(job.grids), _sides(_cached(tokenizer)[0])),
+             ("tokens of", _kind(job.bits), _kind(_cached(tokenizer)[2])),
              ("the vocabulary", str(job.vocabulary), str(config.vocabulary)),
              ("pictures of", "{}x{}".format(*job.picture_size), "{}x{}".format(*tokenizer.picture_size)),
              ("the fingerprint", job.tokenizer, fingerprint))
@@ -220,6 +249,10 @@ def check_fits(folder: Path, job: TokenJob, tokenizer: Tokenizer) -> None:
 
 def _sides(grids: tuple[tuple[int, int], ...]) -> str:
     return "-".join(str(h) if h == w else f"{h}x{w}" for h, w in grids)
+
+
+def _kind(bits: int) -> str:
+    return f"{bits} bits" if bits else "one number"
 
 
 def world_from_environment() -> tuple[int, int]:
@@ -238,10 +271,11 @@ def own_device(name: str) -> str:
 
 
 def cached_tokens(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, flips: bool = False, workers: int = 1,
-                  report: ShardReport | None = None, control: Sequence[str] = ()) -> TokenDataset:
+                  report: ShardReport | None = None, control: Sequence[str] = (), captions: bool = False,
+                  latents: bool = False) -> TokenDataset:
     """A training's own cache: made where it isn't there, by all processes of the launch together."""
     if not tokenize(tokenizer, dataset, folder, flips=flips, workers=workers, rank=parallel.rank(),
-                    world=parallel.world(), report=report, control=control):
+                    world=parallel.world(), report=report, control=control, captions=captions, latents=latents):
         # torchrun ends every process when one dies, so this can't outlive the one that it waits for.
         while not (folder / MANIFEST).is_file():
             time.sleep(_POLL_SECONDS)

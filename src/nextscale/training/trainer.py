@@ -235,7 +235,8 @@ class Trainer:
         config = self.config
         batch = own_rows(batch, config.batch_size)
         at = self._at(self.step, int(batch["epoch"][0]))
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: part.to(self.device, non_blocking=True) if isinstance(part, Tensor) else part
+                 for name, part in batch.items()}
         scale = learning_rate_scale(
             config.schedule, self.step, at.progress, config.warmup_steps, config.final_learning_rate_ratio
         )
@@ -260,7 +261,7 @@ class Trainer:
         size, whole = len(batch["id"]) // parts, self.config.batch_size
         means: dict[str, float | Tensor] = {}
         for part in range(parts):
-            micro = {name: tensor[part * size : (part + 1) * size] for name, tensor in batch.items()}
+            micro = {name: rows[part * size : (part + 1) * size] for name, rows in batch.items()}
             # Seeded anew for each, so that a picture's draws don't hang on how the batch was divided.
             torch.manual_seed(int(mix(self.config.seed, _STEP_DRAWS, self.step)) >> 1)
             first = parallel.share(whole).start + part * size
