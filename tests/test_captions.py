@@ -348,6 +348,8 @@ def test_a_set_without_classes_trains_on_its_captions(tmp_path: Path) -> None:
     for i in range(6):
         (folder / f"{i}.png").write_bytes(png(40 * i, 16))
         (folder / f"{i}.txt").write_text(f"shade {i}")
+    lines = [json.dumps({"file_name": f"{i}.png", "alt": f"grey {i}"}) for i in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     coder = tmp_path / "tokenizer"
     system = tiny_var()
     save_tokenizer(system.tokenizer, coder)
@@ -356,15 +358,19 @@ def test_a_set_without_classes_trains_on_its_captions(tmp_path: Path) -> None:
     own, _ = training_tokens(recipe, system.tokenizer, tmp_path / "run", captions=True)
     batch = token_loader(own, data, TrainConfig(batch_size=6), captions=True).batch_at(0)
     assert batch["caption"] == [f"shade {one}" for one in batch["id"].tolist()] and batch["labels"].shape == (6, 0)
+    other = GeneratorTraining(data=replace(data, caption_field="alt"))
+    assert training_tokens(other, system.tokenizer, tmp_path / "alt", captions=True)[0].caption(3) == "grey 3"
     with pytest.raises(DataError, match="no classes"):
         training_tokens(recipe, system.tokenizer, tmp_path / "other")
     command = ["tokenize", "--data", str(folder), "--tokenizer", str(coder), "--split", "all", "--device", "cpu"]
     assert run([*command, "--captions", "--latents", "--out", str(tmp_path / "tokens")]) == 0
+    assert run([*command, "--captions", "--caption-field", "alt", "--out", str(tmp_path / "grey")]) == 0
+    assert TokenDataset(tmp_path / "grey" / "all").captions(2) == ("grey 2",)
     named = replace(recipe, tokens=str(tmp_path / "tokens"))
     found, _ = training_tokens(named, system.tokenizer, tmp_path / "run", captions=True, latents=True)
     assert found.captions(2) == ("shade 2",) and found.read_latents([2]).shape == (1, 16, 8)
     assert run([*command, "--caption-field", "alt", "--out", str(tmp_path / "x")]) == 2
-    assert run([*command, "--captions", "--caption-field", "alt", "--out", str(tmp_path / "x")]) == 2
+    assert run([*command, "--captions", "--caption-field", "gone", "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
     assert run([*command, "--out", str(tmp_path / "plain")]) == 0
     with pytest.raises(InputError, match="nextscale tokenize --captions"):

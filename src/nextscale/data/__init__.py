@@ -11,17 +11,20 @@ if TYPE_CHECKING:
     from nextscale.data.images import open_image, resize_crop, to_pil, to_tensor
     from nextscale.data.loader import Loader
     from nextscale.data.orders import BucketOrder, ClassBalancedOrder, ShuffledOrder
+    from nextscale.data.prompts import Prompt, read_prompts
 
 __all__ = [
     "BucketOrder",
     "ClassBalancedOrder",
     "Loader",
     "PictureDataset",
+    "Prompt",
     "Sample",
     "ShuffledOrder",
     "aspect_buckets",
     "open_dataset",
     "open_image",
+    "read_prompts",
     "resize_crop",
     "to_pil",
     "to_tensor",
@@ -34,6 +37,7 @@ _HOMES = {
     **dict.fromkeys(("open_image", "resize_crop", "to_pil", "to_tensor"), "images"),
     **dict.fromkeys(("Loader",), "loader"),
     **dict.fromkeys(("BucketOrder", "ClassBalancedOrder", "ShuffledOrder"), "orders"),
+    **dict.fromkeys(("Prompt", "read_prompts"), "prompts"),
 }
 
 
