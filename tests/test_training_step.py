@@ -246,8 +246,9 @@ def test_a_compiled_training_is_one_graph_and_has_the_same_losses() -> None:
 def test_scales_are_logged_one_by_one_in_training_and_validation(tmp_path: Any) -> None:
     system = tiny_var(drop_path=0.0).train()
     tokens = torch.cat(random_tokens(system.plan, 4), 1)
-    task = GeneratorTask(system, label_dropout=0.0, part_dropout=0.0, validation=(tokens, labels(4)))
-    loss, metrics = task.loss("main", {"tokens": tokens, "labels": labels(4)}, AT)
+    batch = {"tokens": tokens, "labels": labels(4)}
+    task = GeneratorTask(system, label_dropout=0.0, part_dropout=0.0, validation=batch)
+    loss, metrics = task.loss("main", batch, AT)
     rows = torch.tensor([step.rows for step in system.plan]).float()
     by_scale = torch.stack([torch.as_tensor(metrics[f"nats_{k}"]) for k in range(4)])
     assert loss is not None and float(loss) == pytest.approx(float((by_scale * rows).sum() / rows.sum()), rel=1e-5)

@@ -140,6 +140,19 @@ class Infinity(TextConditionalSystem):
         self.head = BitwiseHead(network.width, bits, config.bit_loss)
         self.text = PooledText(network.text_width, network.width, network.longest_text, network.pooling_heads)
 
+    @property
+    def nats_of_loss(self) -> float:  # type: ignore[override]
+        return self.head.bits if self.config.bit_loss == "mean" else 1.0
+
+    @classmethod
+    def fitted(cls, tokenizer: Tokenizer) -> Tokenizer:
+        """A bitwise tokenizer that emits indices emits bits here."""
+        if tokenizer.config.kind in ("bsq", "lfq") and tokenizer.config.tokens == "index":
+            bits = Tokenizer(replace(tokenizer.config, tokens="bits"))
+            bits.load_state_dict(tokenizer.state_dict())
+            return bits.eval()
+        return tokenizer
+
     def initialise(self, gate: float = 5e-6) -> Infinity:
         initialise(self.generator, self.head, self.text, gate)
         return self
@@ -212,6 +225,15 @@ class Infinity(TextConditionalSystem):
         return super().loop(run, guidance, used, hooks, soft)
 
     # Training
+
+    @classmethod
+    def takes(cls, config: InfinityConfig) -> dict[str, bool]:
+        return {"captions": True, "latents": config.correction.strength > 0}
+
+    def training_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        if "latent" not in batch:
+            return {}
+        return {"latent": batch["latent"].float().transpose(1, 2).unflatten(2, self.plan.grid)}
 
     def loss(self, tokens: Sequence[Tensor], rows: Any, label_dropout: float = 0.1, part_dropout: float = 0.0,
              step_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,

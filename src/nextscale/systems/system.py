@@ -93,6 +93,9 @@ class System(nn.Module):
     # Whether ``log_prob`` knows what probability tokens have; else a loss is all there is to report.
     likelihood: ClassVar[bool] = True
 
+    # How many nats a token has where its loss is 1.
+    nats_of_loss: float = 1.0
+
     # Of generator, head and labels those that weight decay leaves alone.
     undecayed: ClassVar[tuple[str, ...]] = ()
 
@@ -247,6 +250,19 @@ class System(nn.Module):
                                  f"every picture are {wanted}")
             self.check_values(k, found)
         return [found.to(self.device) for found in tokens]
+
+    @classmethod
+    def takes(cls, config: Any) -> dict[str, bool]:
+        """What batches of a training have beside tokens and labels."""
+        return {"captions": False, "latents": False}
+
+    def training_rows(self, batch: Mapping[str, Any]) -> Any:
+        """What of a training batch says what its pictures are of, as ``loss`` takes it."""
+        return batch["labels"]
+
+    def training_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What else ``loss`` takes of a training batch."""
+        return {"control": batch["control"]} if "control" in batch else {}
 
     @property
     def token_shape(self) -> tuple[int, ...]:

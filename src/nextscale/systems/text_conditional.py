@@ -1,7 +1,7 @@
 """What text-to-picture systems share: prompts, negative prompts, and the training loss by captions."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,13 @@ class TextConditionalSystem(System):
         if len(away) != len(rows):
             raise InputError(f"{len(away)} negative prompts were given for {len(rows)} pictures; give one, or one each")
         return PromptRows(rows.prompts, rows.features, self.features(away))
+
+    @classmethod
+    def takes(cls, config: Any) -> dict[str, bool]:
+        return {"captions": True, "latents": False}
+
+    def training_rows(self, batch: Mapping[str, Any]) -> Any:
+        return batch["caption"]
 
     def label_names(self, row: str) -> str:
         return row

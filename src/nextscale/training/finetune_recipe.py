@@ -23,7 +23,7 @@ from nextscale.training.adapters import AdapterConfig, AdapterFile
 from nextscale.training.classes import ClassChange, ClassNames, Initial, extend_classes, translate
 from nextscale.training.config import TrainConfig
 from nextscale.training.finetune import FinetuneTask, check_names, choose_trained, train_new_rows
-from nextscale.training.generator_recipe import sheet_of
+from nextscale.training.generator_recipe import sheet_of, whole_batch
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.trainer import Trainer, TrainResult
@@ -105,11 +105,10 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds)
     change, classes = prepare(system, wanted, dataset.class_names)
     system.to(device)
-    validation: tuple[Tensor, ...] | None = None
+    validation = None
     if held_out is not None:
         labels = translate(held_out.labels, change, system.config.classes)
-        validation = (held_out.read(range(len(held_out))), labels)
-        validation += (held_out.read_control(range(len(held_out)), kinds),) if kinds else ()
+        validation = {**whole_batch(held_out, kinds), "labels": labels}
     shown, maps = sheet_labels(dataset.labels, change, system), None
     if kinds:
         rows, maps = sheet_of(held_out or dataset, kinds)

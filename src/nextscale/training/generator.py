@@ -24,15 +24,15 @@ NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11", "bias")
 class GeneratorTask:
     """Trains a system's network by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
 
-    What of the system has no gradients stays as it is, in evaluation mode, and out of checkpoints; batches of a system
-    that a picture steers have ``control`` maps (B, P, H, W), too.
+    What of the system has no gradients stays as it is, in evaluation mode, and out of checkpoints. Batches have what
+    else the system wants: ``control`` maps (B, P, H, W) where a picture steers, ``caption`` where text does.
 
     label_dropout: share of pictures trained without labels, part_dropout: share trained without each further kind;
     label_smoothing: share of the target spread over all codes; step_weights: of every scale's rows in the loss (None:
-    1; ``equal``: scales weigh alike, whatever their rows); validation: tokens and labels (and control maps) to measure
-    on at every sample sheet; sheet_labels and sheet_control: what the sample sheets draw;
-    prefix: when only the first scales are trained; checkpointing: keep blocks' inputs only and compute again in the
-    backward pass; compile: ``auto`` compiles the network on CUDA, ``on`` everywhere, ``off`` nowhere; backend: what
+    1; ``equal``: scales weigh alike, whatever their rows; ``root``: as the root of their rows, Infinity's rule);
+    validation: a batch to measure on at every sample sheet; sheet_labels and sheet_control: what the sample sheets
+    draw; prefix: when only the first scales are trained; checkpointing: keep blocks' inputs only and compute again in
+    the backward pass; compile: ``auto`` compiles the network on CUDA, ``on`` everywhere, ``off`` nowhere; backend: what
     compiles it.
 
     Raises InputError where the step weights are not one a scale or all zero.
@@ -43,14 +43,15 @@ class GeneratorTask:
 
     def __init__(self, system: System, label_dropout: float = 0.1, part_dropout: float = 0.1,
                  label_smoothing: float = 0.0,
-                 step_weights: tuple[float, ...] | Literal["equal"] | None = None,
-                 validation: tuple[Tensor, ...] | None = None, sheet_labels: Any = None,
+                 step_weights: tuple[float, ...] | Literal["equal", "root"] | None = None,
+                 validation: Batch | None = None, sheet_labels: Any = None,
                  sheet_control: Tensor | None = None,
                  prefix: Prefix | None = None, checkpointing: bool = False,
                  compile: Literal["auto", "on", "off"] = "auto", backend: str = "inductor"):
         scales = len(system.plan)
-        if step_weights == "equal":
-            step_weights = tuple(1 / step.rows for step in system.plan)
+        if isinstance(step_weights, str):
+            power = {"equal": -1.0, "root": -0.5}[step_weights]
+            step_weights = tuple(step.rows**power for step in system.plan)
         if step_weights is not None and (len(step_weights) != scales or min(step_weights) < 0
                                          or not any(step_weights)):
             raise InputError(f"step_weights: {len(step_weights)} are given for {scales} scales; give one a scale, none "
@@ -97,8 +98,9 @@ class GeneratorTask:
         self._count(len(tokens[0]), scales)
         weights = list(self.step_weights or (1.0,) * len(self.system.plan))[:scales]
         weights[-1] *= newest
-        loss, by_step_K, right_K = self.system.loss(tokens, batch["labels"], self.label_dropout, self.part_dropout,
-                                                    weights, self.label_smoothing, **_control(batch))
+        loss, by_step_K, right_K = self.system.loss(tokens, self.system.training_rows(batch), self.label_dropout,
+                                                    self.part_dropout, weights, self.label_smoothing,
+                                                    **self.system.training_options(batch))
         trained = [k for k, value in enumerate(by_step_K.tolist()) if not math.isnan(value)]
         metrics = dict(self._figures(by_step_K, right_K, trained))
         if len(trained) < len(self.system.plan):
@@ -110,6 +112,7 @@ class GeneratorTask:
         say of a whole picture."""
         if not self.system.likelihood:
             return _by_scale("loss", by_step_K, steps)
+        by_step_K = by_step_K * self.system.nats_of_loss
         metrics = _by_scale("nats", by_step_K, steps)
         if right_K is not None:
             metrics |= {**_by_scale("accuracy", right_K, steps), "accuracy": self._over_rows(right_K)}
@@ -181,23 +184,25 @@ class GeneratorTask:
     def _validate(self) -> Metrics | None:
         if self.validation is None:
             return None
-        tokens_NL, labels, *maps = self.validation
+        tokens_NL = self.validation["tokens"]
         total_K, right_K = torch.zeros(len(self.system.plan)), torch.zeros(len(self.system.plan))
         guessed_K: Tensor | None = None
         with torch.random.fork_rng():  # times and noise of a flow's loss are the same every time
             torch.manual_seed(0)
             for start in range(0, len(tokens_NL), 64):
-                part = self.system.training_tokens(tokens_NL[start:start + 64].to(self.system.device))
-                rows = labels[start:start + 64].to(self.system.device)
-                control = _control({"control": maps[0][start:start + 64].to(self.system.device)} if maps else {})
-                _, by_step_K, guessed_K = self.system.loss(part, rows, 0.0, 0.0, **control)
+                batch = {name: rows[start:start + 64] for name, rows in self.validation.items()}
+                batch |= {name: rows.to(self.system.device) for name, rows in batch.items() if isinstance(rows, Tensor)}
+                part = self.system.training_tokens(batch["tokens"])
+                _, by_step_K, guessed_K = self.system.loss(part, self.system.training_rows(batch), 0.0, 0.0,
+                                                           **self.system.training_options(batch))
                 share = len(part[0]) / len(tokens_NL)
                 total_K += by_step_K.cpu() * share
                 if guessed_K is not None:
                     right_K += guessed_K.cpu() * share
         known = [k for k, value in enumerate(total_K.tolist()) if not math.isnan(value)]
         found = dict(self._figures(total_K, None if guessed_K is None else right_K, known))
-        found["nats_per_token" if self.system.likelihood else "loss"] = self._over_rows(total_K)
+        found["nats_per_token" if self.system.likelihood else "loss"] = (
+            self._over_rows(total_K) * (self.system.nats_of_loss if self.system.likelihood else 1))
         return {f"held_out/{name}": float(value) for name, value in found.items()}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
@@ -205,11 +210,6 @@ class GeneratorTask:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         return None
-
-
-def _control(batch: Batch) -> dict[str, Any]:
-    """What a system's loss wants beside tokens and labels."""
-    return {"control": batch["control"]} if "control" in batch else {}
 
 
 def _by_scale(name: str, value_K: Tensor, scales: Sequence[int]) -> dict[str, Tensor | float]:

@@ -1,7 +1,7 @@
 """Training a generator by a recipe, into a folder that ``nextscale.load`` reads."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from nextscale import parallel
+from nextscale.conditions.text_cached import CachedTextEncoder
+from nextscale.conditions.text_encoders import open_text_encoder
+from nextscale.conditions.text_words import WordConfig
 from nextscale.configuration import build
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.devices import choose_device
@@ -17,16 +20,29 @@ from nextscale.errors import InputError, WeightsError
 from nextscale.objectives.distillation import Direction
 from nextscale.registry import weights_of
 from nextscale.systems import folders
-from nextscale.systems.class_conditional import SystemConfig
+from nextscale.systems.system import Config
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import same_codes
 from nextscale.training.config import TrainConfig
 from nextscale.training.generator import GeneratorTask
 from nextscale.training.prefix import Prefix
 from nextscale.training.recipes import DataRecipe
+from nextscale.training.task import Batch
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.tokenizer_recipe import load_tokenizer
 from nextscale.training.trainer import Trainer, TrainResult
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """The text encoder of a system that text steers. encoder: ``words`` or ``bytes`` trains one with the system, of the
+    sizes in ``words``; any other is opened by its name and stays as it is, its features kept in ``cache`` (by default a
+    folder of the training), read up to ``max_tokens``, 0 for its own limit."""
+
+    encoder: str = "words"
+    words: WordConfig = field(default_factory=WordConfig)
+    cache: str = ""
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,8 @@ class GeneratorTraining:
     nothing is said; tokenizer: folder that a tokenizer's training made; tokens: folder that ``nextscale tokenize`` made
     with it, in the place of the pictures of ``data``; gate: initial factor on the residual gates; prefix,
     checkpointing, compile and what comes before the gate: as ``GeneratorTask`` has them; settings: how the finished
-    model samples by default; threads: of the processor, 0 for all."""
+    model samples by default; text: of a system that text steers, its encoder; correction: how bits are flipped in
+    training, where a system predicts bits; threads: of the processor, 0 for all."""
 
     system: str = "var"
     start: str = ""
@@ -57,12 +74,14 @@ class GeneratorTraining:
     label_dropout: float = 0.1
     part_dropout: float = 0.1
     label_smoothing: float = 0.0
-    step_weights: tuple[float, ...] | Literal["equal"] | None = None
+    step_weights: tuple[float, ...] | Literal["equal", "root"] | None = None
     gate: float = 1e-3
     prefix: Prefix = field(default_factory=Prefix)
     checkpointing: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
     settings: dict[str, Any] = field(default_factory=dict)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    correction: dict[str, Any] = field(default_factory=dict)
     threads: int = 0
 
 
@@ -82,13 +101,14 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     tokenizer = folders.system_type(wanted.system).fitted(found)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-    system_config(wanted, tokenizer.config, ((),))  # what is wrong with it is told before pictures are read
+    # What is wrong with it is told before pictures are read.
+    takes = folders.system_type(wanted.system).takes(system_config(wanted, tokenizer.config, ((),)))
     tokenizer.to(device)
-    dataset, held_out = training_tokens(wanted, tokenizer, out, kinds)
+    dataset, held_out = training_tokens(wanted, tokenizer, out, kinds, **takes)
     names = tuple(tuple(kind) for kind in dataset.class_names)
     config = system_config(wanted, tokenizer.config, names)
     torch.manual_seed(wanted.train.seed)
-    system = folders.system_type(wanted.system)(config).initialise(wanted.gate)
+    system: Any = folders.system_type(wanted.system)(config).initialise(wanted.gate)
     system.tokenizer.load_state_dict(tokenizer.state_dict())
     if wanted.start:
         _begin_with(system, _start_folder(wanted.start))
@@ -96,24 +116,58 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
         _begin_with(system, _start_folder(wanted.drafter), "drafter")
     if wanted.part or system.parts:
         system.train_part(wanted.part or system.parts[0])
-    validation: tuple[Tensor, ...] | None = None
-    if held_out is not None:
-        validation = (held_out.read(range(len(held_out))), held_out.labels)
-        validation += (held_out.read_control(range(len(held_out)), kinds),) if kinds else ()
-    labels, maps = _sheet_labels(config), None
+    validation = None if held_out is None else whole_batch(held_out, kinds, **takes)
+    labels: Any = None
+    maps: Tensor | None = None
     if kinds:
         labels, maps = sheet_of(held_out or dataset, kinds)
+    elif takes["captions"]:
+        labels = sheet_captions(held_out or dataset)
+        if system.encoder is None:
+            system.encoder = kept_features(wanted.text, (dataset, held_out), out, device)
+    else:
+        labels = _sheet_labels(config)
     system.to(device)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
                          wanted.step_weights, validation, labels, maps, wanted.prefix, wanted.checkpointing,
                          wanted.compile)
-    loader = token_loader(dataset, wanted.data, wanted.train, kinds)
+    loader = token_loader(dataset, wanted.data, wanted.train, kinds, **takes)
     trainer = Trainer(task, loader, wanted.train, out, resume)
     result = trainer.train()
     for name, module in trainer.averaged_modules().items():
         setattr(system, name, module)
     parallel.on_main(lambda: folders.save(system, out / "model", tokenizer_dtype=torch.float32))
     return result
+
+
+def whole_batch(pictures: TokenDataset, control: Sequence[str] = (), captions: bool = False,
+                latents: bool = False) -> Batch:
+    """All pictures of a cache as one batch, each with its canonical caption."""
+    everything = range(len(pictures))
+    batch: Batch = {"tokens": pictures.read(everything), "labels": pictures.labels}
+    if control:
+        batch["control"] = pictures.read_control(everything, control)
+    if latents:
+        batch["latent"] = pictures.read_latents(everything)
+    return {**batch, "caption": [pictures.caption(place) for place in everything]} if captions else batch
+
+
+def sheet_captions(pictures: TokenDataset, count: int = 64) -> list[str]:
+    """Captions of pictures spread over a cache."""
+    return [pictures.caption(place) for place in
+            torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long().tolist()]
+
+
+def kept_features(text: TextRecipe, caches: Sequence[TokenDataset | None], out: Path,
+                  device: torch.device) -> CachedTextEncoder:
+    """A text encoder that stays as it is, with the features of all captions on the disk before training begins."""
+    encoder: Any = open_text_encoder(text.encoder, max_tokens=text.max_tokens or None, device=device)
+    cached = CachedTextEncoder(encoder, Path(text.cache) if text.cache else out / "text")
+    for pictures in caches:
+        if pictures is not None and parallel.is_main():
+            captions = (caption for place in range(len(pictures)) for caption in pictures.captions(place))
+            cached.fill(list(dict.fromkeys(captions)))
+    return cached
 
 
 def _begin_with(system: Any, folder: Path, role: str = "") -> None:
@@ -124,8 +178,10 @@ def _begin_with(system: Any, folder: Path, role: str = "") -> None:
     config = folders.read_config(folder)
     own, into = system.config, getattr(system, role) if role else system
     same = config.slug == own.slug and not role
-    fits = (config.generator, config.classes) == (getattr(own, role or "generator"), own.classes) and (
-        not same or all(getattr(config, name, None) == getattr(own, name, None) for name in ("control", "drafter")))
+    fits = (config.generator, getattr(config, "classes", ())) == (
+        getattr(own, role or "generator"), getattr(own, "classes", ())) and (
+        not same or all(getattr(config, name, None) == getattr(own, name, None)
+                        for name in ("control", "drafter", "words")))
     if not (same or config.slug in system.starts_from) or not fits:
         raise WeightsError(f"{folder} holds a {config.slug} of other sizes or classes than the recipe's {own.slug}; "
                            "give the sizes that it was trained with")
@@ -133,7 +189,7 @@ def _begin_with(system: Any, folder: Path, role: str = "") -> None:
     if not same_codes(system.tokenizer, trained.tokenizer):
         raise WeightsError(f"{folder} was trained on another tokenizer's codes than the recipe's tokenizer has; leave "
                            "the tokenizer out, then the model's own is taken")
-    for name in ("generator", "head", "labels", *(system.further if same else ())):
+    for name in (*trained.transformer_parts, *(system.further if same else ())):
         getattr(into, name).load_state_dict(getattr(trained, name).state_dict())
 
 
@@ -182,7 +238,7 @@ def control_config(wanted: GeneratorTraining) -> Any:
 
 
 def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
-                  names: tuple[tuple[str, ...], ...]) -> SystemConfig:
+                  names: tuple[tuple[str, ...], ...]) -> Config:
     """The configuration of the system that a recipe trains. Raises InputError on wrong keys and values."""
     kind: Any = folders.system_type(wanted.system).config_type
     if wanted.start and not wanted.generator:
@@ -190,11 +246,34 @@ def system_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig,
     else:
         network = build(type(kind().generator), wanted.generator, "recipe.generator")
     settings = build(type(kind().settings["pictures"]), wanted.settings, "recipe.settings")
-    config: Any = kind(tokenizer, network, tuple(len(kind) for kind in names), names,
-                       {"pictures": settings, "fid": settings},
+    both = {"pictures": settings, "fid": settings}
+    if hasattr(kind(), "words"):
+        return text_config(wanted, tokenizer, kind, both)
+    config: Any = kind(tokenizer, network, tuple(len(kind) for kind in names), names, both,
                        **(of_pair(wanted) if hasattr(kind(), "drafter") else {}))
     control = control_config(wanted)
-    found: SystemConfig = config if control is None else replace(config, control=control)
+    found: Config = config if control is None else replace(config, control=control)
+    return found
+
+
+def text_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig, kind: Any, settings: dict[str, Any]) -> Config:
+    """The same of a system that text steers: its network takes what the text encoder gives, unless the recipe says
+    otherwise."""
+    text, network = wanted.text, dict(wanted.generator)
+    words: WordConfig | None
+    if text.encoder in ("words", "bytes"):
+        words = replace(text.words, kind=text.encoder)  # type: ignore[arg-type]
+        network = {"text_width": words.width, "longest_text": words.max_tokens + 1, **network}
+    else:
+        words, encoder = None, open_text_encoder(text.encoder, max_tokens=text.max_tokens or None)
+        network = {"text_width": encoder.width, **network}
+    sizes = build(type(kind().generator), network, "recipe.generator")
+    options: dict[str, Any] = {"encoder": text.encoder, "words": words}
+    if wanted.correction and not hasattr(kind(), "correction"):
+        raise InputError(f"recipe: correction is given, but {wanted.system} predicts no bits; leave it out")
+    if hasattr(kind(), "correction"):
+        options["correction"] = build(type(kind().correction), wanted.correction, "recipe.correction")
+    found: Config = kind(tokenizer, sizes, settings, **options)
     return found
 
 
@@ -205,5 +284,5 @@ def sheet_of(pictures: TokenDataset, kinds: tuple[str, ...], count: int = 64) ->
     return [tuple(row) for row in pictures.labels[places].tolist()], maps
 
 
-def _sheet_labels(config: SystemConfig, count: int = 64) -> list[tuple[int, ...]]:
+def _sheet_labels(config: Any, count: int = 64) -> list[tuple[int, ...]]:
     return [tuple((i * (1 + 6 * kind)) % size for kind, size in enumerate(config.classes)) for i in range(count)]

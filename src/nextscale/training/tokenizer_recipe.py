@@ -28,7 +28,8 @@ from nextscale.training.trainer import TrainResult
 @dataclass(frozen=True)
 class TokenizerTraining:
     """A tokenizer's recipe. codes_of: folder of a trained tokenizer whose codes stay while its decoder alone is trained
-    on (its configuration takes the place of ``tokenizer.model``); perceptual: ``emoji`` for the shipped classifier's
+    on (its configuration takes the place of ``tokenizer.model``); start: folder of a trained tokenizer to begin with,
+    whatever of its weights has the same name and shape; perceptual: ``emoji`` for the shipped classifier's
     features, ``lpips`` for the published one (extra ``eval-published``), or ``none``; threads: of the processor, 0 for
     all."""
 
@@ -36,6 +37,7 @@ class TokenizerTraining:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     train: TrainConfig = field(default_factory=TrainConfig)
     codes_of: str = ""
+    start: str = ""
     perceptual: Literal["emoji", "lpips", "none"] = "none"
     threads: int = 0
 
@@ -54,11 +56,24 @@ def train_tokenizer(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     examples = None if held_out is None else _pictures(held_out, wanted.data.held_out)
     torch.manual_seed(wanted.train.seed)
     task = TokenizerTask(wanted.tokenizer, perceptual, examples, codes_of)
+    if wanted.start:
+        begin_with(task.tokenizer, load_tokenizer(Path(wanted.start)))
     trainer, result = train_on(task, dataset, wanted.data, wanted.train, out, resume)
     tokenizer = trainer.averaged_modules()["tokenizer"]
     assert isinstance(tokenizer, Tokenizer)
     parallel.on_main(lambda: save_tokenizer(tokenizer, out / "tokenizer"))
     return result
+
+
+def begin_with(tokenizer: Tokenizer, trained: Tokenizer) -> None:
+    """Take over the weights of another tokenizer that have the same name and shape, such as encoder and decoder where
+    only the codes are others. Raises InputError where the decoder's input differs already."""
+    own = tokenizer.state_dict()
+    found = {name: tensor for name, tensor in trained.state_dict().items()
+             if name in own and own[name].shape == tensor.shape}
+    if "decoder.output.weight" not in found:
+        raise InputError("recipe: start holds a tokenizer of other sizes; give the same autoencoder.width")
+    tokenizer.load_state_dict(found, strict=False)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -113,14 +113,14 @@ def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flip
                     Path(name).name, dataset.split, len(dataset), fingerprint_of(dataset.rows, dataset.labels, names),
                     names, dataset.crop, dataset.crop_area, crops, flips, shard_pictures, width,
                     control=tuple(control), captions=told, bits=bits,
-                    latents=tokenizer.config.autoencoder.latent_width if latents else 0)
+                    latents=tokenizer.config.latent_width if latents else 0)
 
 
 def _cached(tokenizer: Tokenizer) -> tuple[tuple[tuple[int, int], ...], int, int]:
     """The grids that a cache has tokens of, the numbers of a vector and the bits of a token, each 0 where tokens are
     something else."""
     config = tokenizer.config
-    width = config.autoencoder.latent_width
+    width = config.latent_width
     return config.cached_grids, 2 * width if config.continuous else 0, width if config.tokens == "bits" else 0
 
 
