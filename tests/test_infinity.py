@@ -7,13 +7,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import emoji, fill
 from torch import Tensor
 
+import nextscale
 from nextscale.canvas import Canvas
+from nextscale.cli import main
 from nextscale.conditions.text import TextCondition
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.errors import InputError, WeightsError
@@ -408,10 +412,8 @@ def test_files_of_other_kernels_and_other_text_lengths_load() -> None:
                        tensors["block_chunks.1.module.0.sa.scale_mul_1H11"].flatten())
 
 
-def test_models_are_saved_and_found_again(tmp_path: object) -> None:
-    from pathlib import Path
-
-    system, folder = tiny(patch=2), Path(str(tmp_path)) / "model"
+def test_models_are_saved_and_found_again(tmp_path: Path) -> None:
+    system, folder = tiny(patch=2), tmp_path / "model"
     folders.save(system, folder, torch.float32)
     again = folders.load(folder)
     assert isinstance(again, Infinity) and again.config == system.config
@@ -427,3 +429,84 @@ def test_only_bits_make_an_infinity() -> None:
         preset_config("infinity-3b")
     with pytest.raises(InputError, match="bits are booleans"):
         tiny().decode([torch.zeros(1, 1, 6)])
+
+
+# From pictures and captions to drawn prompts, by commands
+
+TOKENIZER = """
+perceptual = "none"
+[data]
+spec = "emoji"
+size = 16
+held_out = 8
+[tokenizer.model]
+kind = "bsq"
+tokens = "bits"
+grids = [[1, 1], [2, 2], [4, 4]]
+[tokenizer.model.autoencoder]
+width = 32
+multipliers = [1, 1, 2]
+encoder_blocks = 1
+decoder_blocks = 1
+latent_width = 6
+attention = "none"
+[train]
+steps = 2
+batch_size = 4
+sample_every = 0
+checkpoint_every = 2
+"""
+GENERATOR = """
+system = "infinity"
+tokenizer = "tokenizer/tokenizer"
+step_weights = "root"
+[data]
+spec = "emoji"
+size = 16
+held_out = 8
+[generator]
+depth = 2
+width = 48
+heads = 3
+frame = 4
+[text.words]
+width = 32
+depth = 1
+heads = 2
+buckets = 64
+bucket_width = 16
+max_tokens = 12
+[train]
+steps = 3
+batch_size = 4
+sample_every = 3
+checkpoint_every = 3
+"""
+
+
+def test_a_text_model_is_trained_on_captions_and_draws_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.toml").write_text(TOKENIZER)
+    Path("generator.toml").write_text(GENERATOR)
+    assert main.run(["train", "tokenizer", "--recipe", "tokenizer.toml", "--out", "tokenizer"]) == 0
+    assert main.run(["train", "generator", "--recipe", "generator.toml", "--out", "run"]) == 0
+    assert list(Path("run").glob("samples*/*.png")) or list(Path("run").rglob("samples-*.png"))
+    draw = ["generate", "--model", "run/model", "--out"]
+    assert main.run([*draw, "two.png", "a red apple", "a sleeping cat", "--negative", "blue", "--seed", "3"]) == 0
+    Path("prompts.jsonl").write_text('{"prompt": "a red apple", "ratio": "2:1", "seed": 5}\n{"prompt": "sun"}\n')
+    assert main.run([*draw, "folder", "--prompts", "prompts.jsonl"]) == 0
+    sizes = {Image.open(file).size for file in Path("folder").glob("0*.png")}
+    assert len(list(Path("folder").glob("0*.png"))) == 2 and (16, 16) in sizes and len(sizes) == 2
+    assert next(w / h for w, h in sizes if w != h) > 1.4
+    capsys.readouterr()
+    for arguments, message in ((["x.png"], "what to draw is missing"), (["x.png", "sun", "--label", "3"], "--label"),
+                               (["x.png", "--prompts", "prompts.jsonl"], "2 aspect ratios"),
+                               (["x.png", "sun", "--ratio", "wide"], "ratio is 'wide'")):
+        assert main.run([*draw, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main.run(["generate", "a red apple", "--model", "var-d2-16px", "--out", "x.png"]) == 2
+    assert "takes no prompts" in capsys.readouterr().err
+    again = nextscale.load("run/model")
+    drawn = again.generate("a red apple", seed=3, guidance_scale=2.0, ratio=2.0)
+    assert len(drawn.images) == 1 and drawn.images[0].width > drawn.images[0].height

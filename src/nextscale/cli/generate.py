@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextscale.cli import options
+from nextscale.cli import options, prompted
 from nextscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ RANDOM_PICTURES = 16
 
 
 def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What to draw, of a model that text steers: one or several prompts.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -47,8 +50,18 @@ def generate(
     ] = Path("out/sample.png"),
     model: options.Model = "emoji-64",
     label: options.Labels = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="A file of prompts: .txt, .json, .jsonl, .tsv or .csv.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="A prompt for what pictures are led away from.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
+    ] = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Pictures of each label.", show_default="1, or one a seed")
+        int | None,
+        typer.Option("--count", min=1, help="Pictures of each label or prompt.", show_default="1, or one a seed"),
     ] = None,
     columns: Annotated[
         int | None, typer.Option("--columns", min=1, help="Columns of the sheet.", show_default="by itself")
@@ -81,13 +94,15 @@ def generate(
 ) -> None:
     """Draw pictures, coarse to fine.
 
-    Without --label: a sheet of many classes in every style where the model has these, else classes drawn by the
-    seed. Settings, seeds and labels go into the file; `nextscale data settings FILE` prints them.
+    A model draws classes (--label) or prompts. Without --label: a sheet of many classes in every style where the model
+    has these, else classes drawn by the seed. Settings, seeds and labels go into the file; `nextscale data settings
+    FILE` prints them.
 
     \b
     Examples:
       nextscale generate --model emoji-64 --out out/sample.png
       nextscale generate --label animal-mammal/noto --label plant/twemoji --count 8 --out out/two.png
+      nextscale generate "a red apple" "a sleeping cat" --model runs/text/model --ratio 4:3 --out out/two.png
       nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
       nextscale generate --model runs/car/model --control photo.png --control-kind canny --label 3 --out out/one.png
     """
@@ -104,7 +119,20 @@ def generate(
     hooks = options.make_hooks(hook)
     steered = options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)
-    labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
+    if prompted.takes_prompts(system):
+        if label or (ratio is not None and grids is not None):
+            raise InputError("--label: text steers this model, give prompts instead" if label else
+                             "--ratio and --schedule both say which scales; give one")
+        asked = prompted.read(system, prompt or [], prompts, negative, ratio, count, seed, given_seeds)
+        wide = _square(len(asked[0])) if (count or 1) == 1 else count or 1
+    else:
+        if prompt or prompts or negative or ratio:
+            raise InputError(f"{model} takes no prompts; say what to draw by --label, `nextscale models {model}` lists "
+                             "its classes")
+        labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
+        asked = [prompted.Asked(labels, given_seeds or [seed + i for i in range(len(labels))])]
+    if len(asked) > 1 and kind != "folder":
+        raise InputError(f"{out}: pictures of {len(asked)} aspect ratios don't fit one sheet; name a folder")
     frames: dict[int, list[np.ndarray]] = {}
 
     def keep_preview(step: int, run: Run) -> None:
@@ -126,23 +154,25 @@ def generate(
 
     opened: AbstractContextManager[Any] = pictures_out.folder_of(out) if kind == "folder" else nullcontext()
     with opened as folder:
-        drawn = system.generate(
-            labels,
-            seed=seed,
-            seeds=given_seeds,
-            purpose=purpose.value,
-            batch_size=batch_size,
-            memory_limit=limit,
-            on_batch=put_away if kind == "folder" else None,
-            output="numpy",
-            callback=keep_preview if kind == "animation" else None,
-            schedule=grids,
-            hooks=hooks,
-            **steered,
-            **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
-            **options.own_settings(set_, system, purpose.value),
-        )
-        whole, wide = about(drawn, drawn.labels, drawn.seeds), min(columns or wide, len(labels))
+        seconds = 0.0
+        for group in asked:
+            drawn = system.generate(
+                group.labels,
+                seeds=group.seeds,
+                purpose=purpose.value,
+                batch_size=batch_size,
+                memory_limit=limit,
+                on_batch=put_away if kind == "folder" else None,
+                output="numpy",
+                callback=keep_preview if kind == "animation" else None,
+                schedule=grids or group.schedule,
+                hooks=hooks,
+                **steered,
+                **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+                **options.own_settings(set_, system, purpose.value),
+            )
+            seconds += drawn.seconds
+        whole, wide = about(drawn, drawn.labels, drawn.seeds), min(columns or wide, len(drawn.seeds))
         if kind == "sheet":
             pictures_out.write_png(board(drawn.images, wide), out, whole)
         elif kind == "npz":
@@ -152,9 +182,9 @@ def generate(
 
             previews = [enlarged(np.concatenate(parts), drawn.images.shape[1:3]) for parts in frames.values()]
             pictures_out.write_animation(previews, out, wide, whole)
-        else:
+        elif len(asked) == 1:
             folder.sheet(drawn.images, wide, whole)
-    typer.echo(f"{out}: {len(labels)} pictures in {drawn.seconds:.1f} s")
+    typer.echo(f"{out}: {sum(map(len, asked))} pictures in {seconds:.1f} s")
 
 
 def choose_labels(

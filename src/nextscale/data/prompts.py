@@ -191,8 +191,11 @@ def _seed(given: Any, where: str) -> int | None:
 
 
 def _ratio(given: Any, where: str) -> float | None:
-    if given is None:
-        return None
+    return None if given is None else read_ratio(given, where)
+
+
+def read_ratio(given: Any, where: str) -> float:
+    """Width to height, written as ``"16:9"`` or a number. Raises DataError, naming ``where`` it stands, for others."""
     try:
         width, _, height = given.partition(":") if isinstance(given, str) else (given, "", "")
         ratio = float(width) / float(height or 1)

@@ -12,7 +12,8 @@ from nextscale.conditions.text_encoders import open_text_encoder
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_words import WordEncoder
 from nextscale.errors import InputError
-from nextscale.systems.system import Config, System
+from nextscale.sampling.generation import Generation
+from nextscale.systems.system import Config, Schedule, System
 
 Prompts = Sequence[str | None] | str | TextFeatures | None
 
@@ -101,6 +102,27 @@ class TextConditionalSystem(System):
 
     def training_rows(self, batch: Mapping[str, Any]) -> Any:
         return batch["caption"]
+
+    def generate(self, prompts: Prompts | PromptRows = None, count: int | None = None, *,  # type: ignore[override]
+                 negative_prompt: Sequence[str] | str | None = None, ratio: float | None = None,
+                 **options: Any) -> Generation:
+        """Draw pictures of prompts: one for ``count`` pictures, or one a picture.
+
+        negative_prompt: what they are led away from instead of nothing, one for all or one a picture; ratio: width to
+        height, the nearest that the system has; options: as ``System.generate``'s. Raises InputError where both a ratio
+        and a schedule are given.
+        """
+        rows = prompts if isinstance(prompts, PromptRows) else self.prompts(prompts, negative_prompt, count)
+        if ratio is not None:
+            if options.get("schedule") is not None:
+                raise InputError("ratio and schedule both say which scales; give one")
+            options["schedule"] = self.schedule_of_ratio(1 / ratio)
+        return super().generate(rows, None, **options)
+
+    def schedule_of_ratio(self, ratio: float) -> Schedule:
+        """The schedule of an aspect ratio (height / width). Raises InputError where the system has one shape only."""
+        raise InputError(f"{type(self).__name__} draws one shape only, {self.plan.grid[0]}x{self.plan.grid[1]} cells; "
+                         "leave the ratio out")
 
     def label_names(self, row: str) -> str:
         return row
