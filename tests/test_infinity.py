@@ -20,6 +20,7 @@ from nextscale.canvas import Canvas
 from nextscale.cli import main
 from nextscale.conditions.text import TextCondition
 from nextscale.conditions.text_features import TextFeatures
+from nextscale.data.images import to_pil
 from nextscale.errors import InputError, WeightsError
 from nextscale.generators.infinity import RATIOS, InfinityGeneratorConfig, nearest_ratio
 from nextscale.layers.resize import resize
@@ -436,9 +437,9 @@ def test_only_bits_make_an_infinity() -> None:
 TOKENIZER = """
 perceptual = "none"
 [data]
-spec = "emoji"
+spec = "pictures"
 size = 16
-held_out = 8
+held_out = 0
 [tokenizer.model]
 kind = "bsq"
 tokens = "bits"
@@ -461,9 +462,9 @@ system = "infinity"
 tokenizer = "tokenizer/tokenizer"
 step_weights = "root"
 [data]
-spec = "emoji"
+spec = "pictures"
 size = 16
-held_out = 8
+held_out = 4
 [generator]
 depth = 2
 width = 48
@@ -487,6 +488,10 @@ checkpoint_every = 3
 def test_a_text_model_is_trained_on_captions_and_draws_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for i, picture in enumerate(emoji(40, 16)):
+        to_pil(picture).save(f"pictures/{i}.png")
+        Path(f"pictures/{i}.txt").write_text(f"drawing number {i}")
     Path("tokenizer.toml").write_text(TOKENIZER)
     Path("generator.toml").write_text(GENERATOR)
     assert main.run(["train", "tokenizer", "--recipe", "tokenizer.toml", "--out", "tokenizer"]) == 0

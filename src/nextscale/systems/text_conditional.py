@@ -47,10 +47,10 @@ class TextConditionalSystem(System):
 
     transformer_parts: tuple[str, ...] = ("generator", "head", "text")
     text: Any
-    encoder: Any = None
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self.encoder: Any = None  # an attribute of the class would hide a module
         if self.config.words is not None:
             self.encoder = WordEncoder(self.config.words)
             self.transformer_parts = (*self.transformer_parts, "encoder")
