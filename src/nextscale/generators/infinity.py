@@ -15,7 +15,7 @@ from nextscale.errors import InputError
 from nextscale.generators.var import Block, Product, SelfAttention, VARGenerator, VARGeneratorConfig
 from nextscale.layers.attention import attention
 from nextscale.layers.rope import rotate, rotation
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import Rows
 
 SQUARE = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
@@ -181,9 +181,7 @@ class InfinityGenerator(VARGenerator):
         nn.init.trunc_normal_(self.level.weight, std=std)
 
     def positions(self, plan: Plan, first: int, last: int) -> Tensor:
-        rows = [step.rows for step in plan.steps[first:last]]
-        found: Tensor = self.level.weight[first:last].repeat_interleave(
-            torch.tensor(rows, device=self.level.weight.device), 0)[None]
+        found: Tensor = self.level(places(plan, self.level.weight.device)[1][:, plan.span(first, last)])
         return found
 
     def check_plan(self, plan: Plan) -> None:

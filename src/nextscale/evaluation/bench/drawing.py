@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nextscale
+from nextscale.conditions.text_features import TextFeatures
 from nextscale.context import Hook
 from nextscale.devices import choose_device
 from nextscale.errors import InputError
@@ -95,13 +96,31 @@ def open_model(given: Settings) -> Any:
     return system
 
 
+PROMPT_TOKENS = 32
+"""Of the prompts of a model that text steers, whose features are made up."""
+
+
+def asked(config: Any, pictures: int) -> Any:
+    """What pictures are of, as ``generate`` takes it: classes one after the other, or features of prompts."""
+    if hasattr(config, "classes"):
+        return [tuple(i % size for size in config.classes) for i in range(pictures)]
+    draws, width = torch.Generator().manual_seed(0), config.generator.text_width
+    length = min(PROMPT_TOKENS, config.generator.longest_text)
+    return TextFeatures.pack([torch.randn(length, width, generator=draws) for _ in range(pictures)])
+
+
+def on_meta(labels: Any, system: Any) -> Any:
+    """The rows that labels mean, on the meta device."""
+    return system.label_rows(labels.to("meta") if isinstance(labels, TextFeatures) else labels)
+
+
 class Drawing:
     """How a batch is drawn: labels, seeds and settings, the same for all contestants."""
 
     def __init__(self, given: Settings, config: Any):
         self.given = given
         self.seeds = list(range(given.batch))
-        self.labels = [tuple(i % size for size in config.classes) for i in range(given.batch)]
+        self.labels = asked(config, given.batch)
         self.schedule = None if has_random_weights(given) else given.schedule
         self.extra: dict[str, Any] = {}
         if getattr(config, "control", None) is not None:  # steered by an empty map
@@ -126,8 +145,7 @@ class Drawing:
         """The same on the meta device."""
         used = system.settings_for(self.given.purpose, self.given.settings)
         plan, guidance = system.plan_for(used, self.schedule), system.guidance(used)
-        rows = torch.zeros(pictures, len(system.config.classes), dtype=torch.int64, device="meta")
-        begun: Run = system.start(rows, guidance, Numbers(pictures), plan)
+        begun: Run = system.start(on_meta(asked(system.config, pictures), system), guidance, Numbers(pictures), plan)
         with Progress(len(plan), "counting", None) as bar:
             for run in system.sampled(begun, guidance, used):
                 begun = run
