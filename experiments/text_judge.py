@@ -3,8 +3,9 @@
     python experiments/text_judge.py                  # about 15 minutes of one free CPU core; goes on where it stopped
     python experiments/text_judge.py --measure-only   # only the figures, of the weights that are there
 
-Of each split it prints how often the picture's own phrase ("red apple, flat style") is among the 5 best of 100 phrases of that
-style, and how often its style is the best of five: on pictures as they are, and as the emoji tokenizer gives them back.
+Of each split it prints how often the picture's own phrase ("red apple, flat style") is among the 5 best of 100 phrases
+of that style, and how often its style is the best of five: on pictures as they are, and as the emoji tokenizer gives
+them back.
 The judge learns from the pictures of the split "train" alone; nothing is ever trained against it.
 """
 from __future__ import annotations
@@ -143,7 +144,8 @@ class ContrastiveTask:
         return None
 
 
-def rates(judge: TextJudge, captions: Captions, pictures: Tensor, rows: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def rates(judge: TextJudge, captions: Captions, pictures: Tensor,
+          rows: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     """How well pictures are told by their phrases and styles."""
     concepts, styles = captions.concept[rows].tolist(), captions.style[rows].tolist()
     asked = [captions.phrase(c, s) for c, s in zip(concepts, styles, strict=True)]

@@ -179,8 +179,8 @@ class HPSv2(Layout):
     ``OUT/STYLE.json``, the style's prompts.
 
     Read by ``hpsv2.evaluate("OUT/benchmark_imgs/MODEL")``; with prompts of one's own by ``evaluation.py --data-type
-    benchmark --data-path OUT --image-path OUT/benchmark_imgs/MODEL``. It takes every entry of MODEL for a style, and the
-    next picture where one is missing (HPS v2, arXiv 2306.09341; https://github.com/tgxs002/HPSv2, README, "Custom
+    benchmark --data-path OUT --image-path OUT/benchmark_imgs/MODEL``. It takes every entry of MODEL for a style, and
+    the next picture where one is missing (HPS v2, arXiv 2306.09341; https://github.com/tgxs002/HPSv2, README, "Custom
     Evaluation", and ``hpsv2/evaluation.py``). Styles of the benchmark: anime, concept-art, paintings, photo.
     """
 

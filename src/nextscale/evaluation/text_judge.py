@@ -288,8 +288,8 @@ class CLIPJudge:
         """See :class:`PictureTextJudge`; phrases of more tokens than it knows are cut."""
         found = []
         for start in range(0, len(phrases), batch):
-            tokens = self.tokenizer(list(phrases[start:start + batch]), padding=True, truncation=True, max_length=self.longest,
-                                    return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(list(phrases[start:start + batch]), padding=True, truncation=True,
+                                    max_length=self.longest, return_tensors="pt").to(self.device)
             out = self.network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             found.append(F.normalize(self.network.text_projection(out.pooler_output).float(), dim=1).cpu())
         return torch.cat(found)
@@ -327,4 +327,5 @@ def open_text_judge(spec: str) -> PictureTextJudge:
     if Path(spec).is_dir() or spec == "emoji-text-judge":
         return load_text_judge(spec)
     known = ("emoji-text-judge", "clip")
-    raise InputError(f"unknown text judge {spec!r}{did_you_mean(spec, known, '; use emoji-text-judge, clip, a folder')}")
+    hint = did_you_mean(spec, known, f"; use {', '.join(known)}, a judge's folder")
+    raise InputError(f"unknown text judge {spec!r}{hint}")
