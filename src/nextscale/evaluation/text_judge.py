@@ -120,9 +120,9 @@ def words_of(phrase: str) -> list[str]:
 class Bags(NamedTuple):
     """The n-grams of M phrases in a row: rows of the table (G,), their weights (G,), where each phrase begins (M,)."""
 
-    index: Tensor
-    weight: Tensor
-    offset: Tensor
+    rows: Tensor
+    weights: Tensor
+    starts: Tensor
 
 
 class TextJudge(nn.Module):
@@ -172,22 +172,22 @@ class TextJudge(nn.Module):
 
     def bags(self, phrases: Sequence[str]) -> Bags:
         """The n-grams of phrases."""
-        index: list[int] = []
-        weight: list[float] = []
-        offset: list[int] = []
+        rows: list[int] = []
+        weights: list[float] = []
+        starts: list[int] = []
         for phrase in phrases:
-            offset.append(len(index))
+            starts.append(len(rows))
             for word in words_of(phrase):
-                rows = word_buckets(word, self.config.buckets, *self.config.grams)
-                index += rows
-                weight += [1 / len(rows)] * len(rows)
-        return Bags(torch.tensor(index, dtype=torch.int64), torch.tensor(weight), torch.tensor(offset))
+                found = word_buckets(word, self.config.buckets, *self.config.grams)
+                rows += found
+                weights += [1 / len(found)] * len(found)
+        return Bags(torch.tensor(rows, dtype=torch.int64), torch.tensor(weights), torch.tensor(starts))
 
     def phrase_vectors(self, bags: Bags) -> Tensor:
         """Unit vectors (M, D) of phrases; one without any word has a vector too."""
         bags = Bags(*(one.to(self.device) for one in bags))
-        summed_MG = F.embedding_bag(bags.index, self.table.weight, bags.offset, mode="sum",
-                                    per_sample_weights=bags.weight.to(self.table.weight))
+        summed_MG = F.embedding_bag(bags.rows, self.table.weight, bags.starts, mode="sum",
+                                    per_sample_weights=bags.weights.to(self.table.weight))
         vectors: Tensor = self.text(summed_MG)
         return F.normalize(vectors.float(), dim=1)
 
