@@ -89,6 +89,22 @@ class Captions:
         return forms[int(draw[4] * len(forms))]
 
 
+def phrases_of_batch(captions: Captions, rows: Tensor) -> tuple[list[str], Tensor]:
+    """Phrases for N rows of the set: their own, the same in another style, and ``OTHERS`` of any trained concept; and
+    which fit which row (N, M). A style that isn't said fits all."""
+    concept_N, style_N = captions.concept[rows], captions.style[rows]
+    swapped_N = (style_N + torch.randint(1, len(STYLES), style_N.shape)) % len(STYLES)
+    other_O = captions.trained[torch.randint(len(captions.trained), (OTHERS,))]
+    concept_M = torch.cat([concept_N, concept_N, other_O])
+    style_M = torch.cat([style_N, swapped_N, torch.randint(len(STYLES), (OTHERS,))])
+    said_M = torch.rand(len(concept_M)) < 0.75
+    said_M[len(rows):2 * len(rows)] = True
+    draws = torch.rand(len(concept_M), 5).tolist()
+    phrases = [captions.varied(concept, style if said else None, draw) for concept, style, said, draw in
+               zip(concept_M.tolist(), style_M.tolist(), said_M.tolist(), draws, strict=True)]
+    return phrases, (concept_N[:, None] == concept_M) & ((style_N[:, None] == style_M) | ~said_M)
+
+
 class ContrastiveTask:
     """Trains a :class:`TextJudge`: every picture against its own phrase, the same in another style, and others'."""
 
@@ -106,19 +122,7 @@ class ContrastiveTask:
         return {"judge": self.judge}
 
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
-        captions, rows = self.captions, batch["id"]
-        concept_N, style_N = captions.concept[rows], captions.style[rows]
-        swapped_N = (style_N + torch.randint(1, len(STYLES), style_N.shape)) % len(STYLES)
-        other_O = captions.trained[torch.randint(len(captions.trained), (OTHERS,))]
-        concept_M = torch.cat([concept_N, concept_N, other_O])
-        style_M = torch.cat([style_N, swapped_N, torch.randint(len(STYLES), (OTHERS,))])
-        # A style that isn't said fits all; swapped ones are always said.
-        said_M = torch.rand(len(concept_M)) < 0.75
-        said_M[len(rows):2 * len(rows)] = True
-        draws = torch.rand(len(concept_M), 5).tolist()
-        phrases = [captions.varied(concept, style if said else None, draw) for concept, style, said, draw in
-                   zip(concept_M.tolist(), style_M.tolist(), said_M.tolist(), draws, strict=True)]
-        fits_NM = (concept_N[:, None] == concept_M) & ((style_N[:, None] == style_M) | ~said_M)
+        phrases, fits_NM = phrases_of_batch(self.captions, batch["id"])
         pictures_ND = self.judge.picture_vectors(self.augmentation(batch["picture"]))
         phrases_MD = self.judge.phrase_vectors(self.judge.bags(phrases))
         loss = contrastive_loss(pictures_ND, phrases_MD, fits_NM, self.judge.scale)

@@ -291,3 +291,23 @@ def test_phrases_of_the_set_name_concept_and_style_and_held_out_concepts_are_not
     said = {captions.varied(apple, 2, torch.rand(5).tolist()) for _ in range(300)}
     assert len(said) > 20 and all("flat" in one for one in said) and "a flat drawing of a red apple" in said
     assert not any("style" in captions.varied(apple, None, torch.rand(5).tolist()) for _ in range(50))
+
+
+def test_a_batchs_phrases_fit_the_pictures_of_their_concept_and_style_alone(experiment: ModuleType) -> None:
+    class Plain(experiment.Captions):  # type: ignore[misc, name-defined]
+        def varied(self, concept: int, style: int | None, draw: list[float]) -> str:
+            return f"{concept} {style}"
+
+    known = experiment.Captions.read(Path(experiment.emoji_set_path()))
+    captions = Plain(**vars(known))
+    torch.manual_seed(0)
+    rows = torch.cat([torch.arange(5), torch.randint(len(known.concept), (27,))])  # the first five are one concept
+    phrases, fits = experiment.phrases_of_batch(captions, rows)
+    assert fits.shape == (32, 64 + experiment.OTHERS)
+    assert fits.diagonal().all() and not fits[:, 32:64].diagonal().any()
+    assert len({phrase.split()[1] for phrase in phrases[:5]} - {"None"}) > 1
+    for i, row in enumerate(rows.tolist()):
+        own = {f"{known.concept[row]} {known.style[row]}", f"{known.concept[row]} None"}
+        assert fits[i].tolist() == [phrase in own for phrase in phrases]
+    trained = set(known.trained.tolist())
+    assert all(int(phrase.split()[0]) in trained for phrase in phrases[64:])
