@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 
@@ -278,6 +279,20 @@ def experiment() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+SHIPPED = Path(str(files("nextscale").joinpath("weights"))) / "emoji-text-judge"
+
+
+@pytest.mark.skipif(not SHIPPED.is_dir(), reason="the weights of emoji-text-judge are not here")
+def test_the_judge_that_ships_tells_real_pictures_that_it_never_saw(experiment: ModuleType) -> None:
+    shipped = load_text_judge("emoji-text-judge")
+    captions = experiment.Captions.read(Path(experiment.emoji_set_path()))
+    pictures, rows = experiment.pictures_of("style-test")
+    ranks, styles = experiment.rates(shipped, captions, pictures, rows)
+    stated = json.loads((SHIPPED / "accuracy.json").read_text())["style-test, real"]
+    assert ranks["top_5"]["rate"] == pytest.approx(stated["phrases"]["top_5"]["rate"], abs=0.02)
+    assert ranks["top_5"]["rate"] > 0.8 and styles["top_1"]["rate"] > 0.5
 
 
 def test_phrases_of_the_set_name_concept_and_style_and_held_out_concepts_are_not_trained(

@@ -116,8 +116,9 @@ def rank_phrases(judge: PictureTextJudge, pictures_ND: Tensor, asked: Sequence[s
         raise InputError(f"{judge.name} gave vectors that are not numbers; check its weights")
     rows_NC = torch.tensor([[index[right], *(index[text] for text in row)]
                             for right, row in zip(asked, others, strict=True)])
-    # One by one: the products of a whole matrix may differ in their last bit from row to row.
-    cosine_NC = (pictures_ND[:, None] * vectors_PD[rows_NC]).sum(2)
+    # Not as one matrix product, whose columns may differ in their last bit where phrases are the same.
+    cosine_NC = torch.cat([(of_BD[:, None] * vectors_PD[of_BC]).sum(2)
+                           for of_BD, of_BC in zip(pictures_ND.split(64), rows_NC.split(64), strict=True)])
     rank_N = 1 + (cosine_NC[:, 1:] >= cosine_NC[:, :1]).sum(1)
     return Ranking(rank_N, rows_NC.shape[1], cosine_NC[:, 0], cosine_NC[:, 1:].mean(1), len(set(asked)))
 
