@@ -168,8 +168,9 @@ def pictures_of(split: str) -> tuple[Tensor, Tensor]:
     return whole_set(dataset).pictures, torch.from_numpy(dataset.rows)
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train from where an earlier training stopped if there was one, and write the averaged weights."""
+def train(options: argparse.Namespace) -> bool:
+    """Train from where an earlier training stopped if there was one, and write the averaged weights; False where it was
+    told to stop before its end."""
     torch.manual_seed(options.seed)
     judge = TextJudge(TextJudgeConfig())
     if not options.from_scratch:
@@ -183,10 +184,12 @@ def train(options: argparse.Namespace) -> None:
                          log_every=50, sample_every=500, checkpoint_every=250, keep_checkpoints=1,
                          minutes=options.minutes, clock="processor")
     trainer = Trainer(task, loader, config, options.runs, resume=True)
-    print(trainer.train(), flush=True)
+    result = trainer.train()
+    print(result, flush=True)
     averaged = trainer.averaged_modules()["judge"]
     assert isinstance(averaged, TextJudge)
     save_text_judge(averaged, options.out)
+    return result.stopped != "signal"
 
 
 def warm_start(judge: TextJudge) -> None:
@@ -221,7 +224,7 @@ def measure(folder: Path, splits: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=15.0, help="of processor time, over all its lives")
     parser.add_argument("--seed", type=int, default=5)
@@ -232,8 +235,8 @@ def main() -> None:
     parser.add_argument("--measure-only", action="store_true", help="measure the weights that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if not options.measure_only:
-        train(options)
+    if not options.measure_only and not train(options):
+        return
     found = measure(options.out, options.splits)
     hub.save_json(found, options.out / "accuracy.json")
     print(json.dumps({way: of["phrases"]["top_5"] for way, of in found.items()}))
