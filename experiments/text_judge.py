@@ -33,7 +33,6 @@ from nextscale.evaluation.text_judge import (
     load_text_judge,
     save_text_judge,
 )
-from nextscale.parallel import rand_pictures
 from nextscale.tokenizers.features import load_classifier
 from nextscale.training import TrainConfig, Trainer
 from nextscale.training.classifier import Augmentation
@@ -111,9 +110,8 @@ class ContrastiveTask:
 
     phases: tuple[str, ...] = ("main",)
 
-    def __init__(self, judge: TextJudge, captions: Captions, held_out: dict[str, tuple[Tensor, Tensor]],
-                 colour: float = 0.0):
-        self.judge, self.captions, self.held_out, self.colour = judge, captions, held_out, colour
+    def __init__(self, judge: TextJudge, captions: Captions, held_out: dict[str, tuple[Tensor, Tensor]]):
+        self.judge, self.captions, self.held_out = judge, captions, held_out
         self.augmentation = Augmentation()
         self.modules: dict[str, nn.Module] = {"judge": judge}
 
@@ -125,10 +123,7 @@ class ContrastiveTask:
 
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         phrases, fits_NM = phrases_of_batch(self.captions, batch["id"])
-        gain_B311 = 1 + self.colour * (2 * rand_pictures(len(batch["id"]), 3, 1, 1) - 1) if self.colour else 1.0
-        # Of the distance from white, so that the background stays as it is.
-        pictures = (1 - (1 - self.augmentation(batch["picture"])) * gain_B311).clamp(-1, 1)
-        pictures_ND = self.judge.picture_vectors(pictures)
+        pictures_ND = self.judge.picture_vectors(self.augmentation(batch["picture"]))
         phrases_MD = self.judge.phrase_vectors(self.judge.bags(phrases))
         loss = contrastive_loss(pictures_ND, phrases_MD, fits_NM, self.judge.scale)
         best_N = (pictures_ND.detach() @ phrases_MD.detach().T).argmax(1)
@@ -177,16 +172,16 @@ def train(options: argparse.Namespace) -> bool:
     """Train from where an earlier training stopped if there was one, and write the averaged weights; False where it was
     told to stop before its end."""
     torch.manual_seed(options.seed)
-    judge = TextJudge(TextJudgeConfig()) if options.start is None else load_text_judge(options.start)
-    if options.start is None:
+    judge = TextJudge(TextJudgeConfig())
+    if not options.from_scratch:
         warm_start(judge)
     pictures = open_dataset("emoji", 64, "train")
     held_out = {split: pictures_of(split) for split in ("style-test",)}
-    task = ContrastiveTask(judge, Captions.read(Path(emoji_set_path())), held_out, options.colour)
+    task = ContrastiveTask(judge, Captions.read(Path(emoji_set_path())), held_out)
     loader = Loader(pictures, ShuffledOrder(len(pictures), options.seed), options.batch_size)
-    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
-                         warmup_steps=100, weight_decay=0.05, ema_decay=0.995, final_learning_rate_ratio=0.01,
-                         seed=options.seed, log_every=50, sample_every=500, checkpoint_every=250, keep_checkpoints=1,
+    config = TrainConfig(steps=options.steps, batch_size=options.batch_size, learning_rate=2e-3, warmup_steps=100,
+                         weight_decay=0.05, ema_decay=0.995, final_learning_rate_ratio=0.01, seed=options.seed,
+                         log_every=50, sample_every=500, checkpoint_every=250, keep_checkpoints=1,
                          minutes=options.minutes, clock="processor")
     trainer = Trainer(task, loader, config, options.runs, resume=True)
     result = trainer.train()
@@ -233,9 +228,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=15.0, help="of processor time, over all its lives")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--start", type=Path, help="a judge to go on from, instead of the body of emoji-judge")
-    parser.add_argument("--colour", type=float, default=0.0, help="change of each channel's contrast, in [0, 1)")
+    parser.add_argument("--from-scratch", action="store_true", help="not from the body of emoji-judge")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "text-judge", help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "text-judge" / "emoji-text-judge")
     parser.add_argument("--splits", nargs="+", default=["style-test", "concept-test", "train"])
