@@ -150,25 +150,29 @@ def _of_user(spec: str) -> Extractor:
 
 def _dinov2(place: str) -> Extractor:
     """The class token after the last norm (FD-DINOv2, Stein et al., arXiv 2306.04675), at 224 pixels."""
-    network = _pretrained("Dinov2Model", place)
-    return Extractor(f"dinov2 ({_short(place)})", network, lambda out: Found(out.last_hidden_state[:, 0], []), 224,
+    network = pretrained("Dinov2Model", place)
+    return Extractor(f"dinov2 ({short_name(place)})", network, lambda out: Found(out.last_hidden_state[:, 0], []), 224,
                      (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _clip(place: str) -> Extractor:
     """The projected image embedding, not normalised, at the size that the network was trained with."""
-    network = _pretrained("CLIPVisionModelWithProjection", place)
-    return Extractor(f"clip ({_short(place)})", network, lambda out: Found(out.image_embeds, []),
+    network = pretrained("CLIPVisionModelWithProjection", place)
+    return Extractor(f"clip ({short_name(place)})", network, lambda out: Found(out.image_embeds, []),
                      int(network.config.image_size),  # type: ignore[union-attr, arg-type]
                      (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def _short(place: str) -> str:
+def short_name(place: str) -> str:
     """Of a folder its name alone: where it lies is nobody's business."""
     return Path(place).name if Path(place).is_dir() else place
 
 
-def _pretrained(kind: str, place: str) -> nn.Module:
+def pretrained(kind: str, place: str) -> nn.Module:
+    """A network of transformers, by its class's name, from a folder or by its hub name.
+
+    Raises MissingExtraError without transformers, WeightsError where it can't be loaded whole.
+    """
     try:
         import transformers
     except ImportError:
