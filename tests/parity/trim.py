@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,10 @@ def main() -> None:
     golden = json.loads(given.golden.read_text(encoding="utf-8"))
     tensors = load_file(given.golden.with_suffix(".safetensors"))
     kept = {name: tensor for name, tensor in tensors.items() if not matches(name, given.drop)}
-    golden["dropped"] = sorted({*golden.get("dropped", ()), *tensors} - set(kept))
+    golden["dropped"] = sorted({*golden.get("dropped", ()), *given.drop})
+    golden["notes"] = [*golden.get("notes", ()), *(f"{pattern}: stored eight bits to a byte" for pattern in given.pack)]
+    families = {re.sub(r"(?<=\.)\d+$", "k", name) for name in kept}
+    golden["tensors"] = {name: what for name, what in golden["tensors"].items() if name in families or name in kept}
     kept = {name: torch.from_numpy(np.packbits(tensor.numpy().ravel())) if matches(name, given.pack) else
             narrowed(tensor) if given.narrow else tensor for name, tensor in kept.items()}
     for field in ("state_dict", "after_fill"):
