@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import acceleration_checks
 import bitwise_checks
 import flow_checks
 import masked_checks
@@ -141,6 +142,17 @@ class Checks:
         self._say(name, f"{int(wrong.sum())} of {wrong.numel()} differ, {int(ties.sum())} of them near-ties",
                   not bool((wrong & ~ties).any()))
         return not bool(wrong.any())
+
+    def sets(self, name: str, ours: Tensor, wanted: Tensor, scores: Tensor, near: float = 1e-5) -> None:
+        """The same entries (..., N) bool, or others whose scores are as good as the lowest that is wanted."""
+        if ours.shape != wanted.shape:
+            return self._say(name, f"{tuple(ours.shape)} instead of {tuple(wanted.shape)}", False)
+        lowest = scores.masked_fill(~wanted, torch.inf).amin(-1, keepdim=True)
+        wrong = ours ^ wanted
+        ties = wrong & ((scores - lowest).abs() <= near * lowest.abs())
+        self._say(name, f"{int((wrong & wanted).sum())} of {int(wanted.sum())} are others, "
+                  f"{int((ties & wanted).sum())} of them ties", not bool((wrong & ~ties).any())
+                  and bool((ours.sum(-1) == wanted.sum(-1)).all()))
 
     def _say(self, name: str, what: str, ok: bool) -> None:
         self.failed += not ok
@@ -609,6 +621,8 @@ CHECKS = {"var": check_var, "flexvar": check_flexvar, "hmar": check_hmar, "m_var
           "car": check_car, "code_decoding": check_code_decoding,
           "flowar": counted(flow_checks.check_flowar), "xar": counted(flow_checks.check_xar),
           "infinity": counted(bitwise_checks.check_infinity),
+          "fastvar": counted(acceleration_checks.check_fastvar),
+          "scalekv": counted(acceleration_checks.check_scalekv),
           "mar": counted(masked_checks.check_mar), "himar": counted(masked_checks.check_himar)}
 
 

@@ -62,13 +62,14 @@ def probabilities(q_RHQE: Tensor, k_RHNE: Tensor, scale: float, hidden: Tensor |
     return scores.softmax(-1)
 
 
-def pooled(scores_RHN: Tensor, kernel: int, pooling: Pooling) -> Tensor:
-    """Scores pooled along the keys over ``kernel`` neighbours, stride 1; averages count only what is there."""
+def pooled(scores_RHN: Tensor, kernel: int, pooling: Pooling, padded: bool = False) -> Tensor:
+    """Scores pooled along the keys over ``kernel`` neighbours, stride 1; padded: averages count a zero for every
+    neighbour beyond an end, else only what is there."""
     if kernel == 1:
         return scores_RHN
     if pooling == "max":
         return F.max_pool1d(scores_RHN, kernel, 1, kernel // 2)
-    return F.avg_pool1d(scores_RHN, kernel, 1, kernel // 2, count_include_pad=False)
+    return F.avg_pool1d(scores_RHN, kernel, 1, kernel // 2, count_include_pad=padded)
 
 
 def best(scores_RHN: Tensor, count: int) -> Tensor:
@@ -89,7 +90,8 @@ def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: list[int], own: int
     """Scores (R, H, N) of remembered rows by the window's queries; the window's own rows score infinity, so they stay.
 
     positions: of the window among the last ``own`` keys, those of the step. published: sum over the queries of
-    scale q k^T; paper: of softmax(scale q k^T), over all keys; either pooled along the keys.
+    scale q k^T, pooled as the code pools it: an average next to the window, whose rows score minus infinity, is minus
+    infinity, too. paper: sum of softmax(scale q k^T), over all keys, whose averages count the window's rows.
     """
     at = k_RHNE.shape[2] - own + torch.tensor(positions, device=k_RHNE.device)
     if scoring == "paper":
@@ -97,6 +99,6 @@ def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: list[int], own: int
     else:
         scores = scale * (q_RHQE.float().sum(2, keepdim=True) @ k_RHNE.float().transpose(2, 3))[:, :, 0]
         scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-    if pooling == "max":  # the window must not lend its neighbours its own scores; an average would turn infinite
+    if pooling == "max" or scoring == "published":  # the window must not lend its neighbours its own scores
         scores = scores.index_fill(2, at, -torch.inf)
-    return pooled(scores, kernel, pooling).index_fill(2, at, torch.inf)
+    return pooled(scores, kernel, pooling, padded=scoring == "published").index_fill(2, at, torch.inf)

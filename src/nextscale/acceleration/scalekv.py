@@ -116,15 +116,24 @@ class ScaleKV(MemoryPolicy):
         allowed = budgets.rows[min(step + 1, len(plan) - 1)]
         if allowed is None or group.rows <= allowed[layer] or (group.tags is None and group.rows <= budgets.base):
             return
+        assert ctx.memory is not None
+        ctx.memory.keep_rows(address, self.chosen(ctx, address, self.scores(ctx, address, q, rows), allowed[layer]))
+
+    def chosen(self, ctx: Context, address: str, scores: Tensor, count: int) -> Tensor:
+        """Positions (R, H, count) of the remembered rows that stay."""
+        return best(scores, count)
+
+    def scores(self, ctx: Context, address: str, q: Tensor, rows: Rows) -> Tensor:
+        """The scores (R, H, N) of what a layer remembers behind a step; those of the window are infinite."""
+        plan, group, step = whole_plan(ctx), only_group(ctx, address), step_of(rows)
         positions = window(plan.steps[step], len(rows), self.width())
         assert ctx.memory is not None
         tags = ctx.memory.tags_of(group)
         assert tags is not None
         query = ctx.offered(address, "bare query", rows) if self.scoring == "published" else q
         scale = q.shape[-1]**-0.5 if self.scoring == "published" else ctx.scale(address)
-        scores = window_scores(query[:, :, positions], group.k[:, :, :group.rows], positions, len(rows), self.kernel,
-                               self.pooling, self.scoring, scale, hidden_keys(rows, tags.step))
-        ctx.memory.keep_rows(address, best(scores, allowed[layer]))
+        return window_scores(query[:, :, positions], group.k[:, :, :group.rows], positions, len(rows), self.kernel,
+                             self.pooling, self.scoring, scale, hidden_keys(rows, tags.step))
 
 
 # Calibration

@@ -352,7 +352,8 @@ def preset_config(name: str) -> InfinityConfig:
 def published_config(vae: dict[str, Any], infinity: dict[str, Any], grids: Sequence[tuple[int, int]]) -> InfinityConfig:
     """The configuration that the published constructors' keyword arguments mean, for a schedule."""
     patchify = bool(infinity.get("apply_spatial_patchify", 0))
-    tokenizer = infinity_config(vae.get("codebook_dim", 32), patchify, vae.get("base_ch", 128), tuple(grids))
+    tokenizer = infinity_config(vae.get("codebook_dim", 32), patchify, vae.get("base_ch", 128), tuple(grids),
+                                tuple(vae.get("encoder_ch_mult", ())))
     width = infinity.get("embed_dim", 1024)
     network = InfinityGeneratorConfig(
         infinity.get("depth", 16), width, infinity.get("num_heads", 16), drop_path=infinity.get("drop_path_rate", 0.0),

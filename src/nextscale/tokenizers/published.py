@@ -36,10 +36,11 @@ def llamagen_config(factor: int = 16, side: int = 256, width: int = 128, feature
 
 
 def infinity_config(bits: int = 32, patchify: bool = False, width: int = 128,
-                    grids: tuple[tuple[int, int], ...] = _INFINITY_GRIDS) -> TokenizerConfig:
+                    grids: tuple[tuple[int, int], ...] = _INFINITY_GRIDS,
+                    multipliers: tuple[int, ...] = ()) -> TokenizerConfig:
     """Infinity's bitwise tokenizer of ``bits`` bits a cell; ``patchify``: the one of factor 8, four of whose cells make
-    one of the grids."""
-    multipliers = (1, 2, 4, 4) if patchify else (1, 2, 4, 4, 4)
+    one of the grids; multipliers: of the levels' widths, empty for the published ones."""
+    multipliers = multipliers or ((1, 2, 4, 4) if patchify else (1, 2, 4, 4, 4))
     sizes = AutoencoderConfig(width, multipliers, latent_width=bits, attention="none", latent_kernel=0)
     return TokenizerConfig(sizes, grids, kind="bsq", tokens="bits", patch=2 if patchify else 1)
 
