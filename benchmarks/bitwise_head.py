@@ -2,8 +2,8 @@
 
     python benchmarks/bitwise_head.py --bits 32 --codes 65536 --width 2048 --rows 512
 
-A head of b bits has 2b outputs and covers 2^b codes; a categorical head has an output a code (Infinity, arXiv 2412.04431,
-section 3.2). Times are medians of alternating rounds in one process, in bfloat16 unless said otherwise.
+A head of b bits has 2b outputs and covers 2^b codes; a categorical head has an output a code (Infinity, arXiv
+2412.04431, section 3.2). Times are medians of alternating rounds in one process, in bfloat16 unless said otherwise.
 """
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python benchmarks/infinity_speed.py --model infinity-2b --depths 1 2 --threads 2
 
-Random weights in bfloat16, one picture, guidance on, 32 tokens of made-up text, the published schedule. The network is drawn
-with at two depths, which gives the seconds of a block and of all that isn't one; all blocks take that many times the first
-and once the second. The decoder is timed by itself, in strips where memory asks for it.
+Random weights in bfloat16, one picture, guidance on, 32 tokens of made-up text, the published schedule. Two depths give
+the seconds of a block and of all that isn't one; all blocks take that many times the first and once the second. The
+decoder is timed by itself, in strips.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from nextscale.evaluation.bench.baseline import liven
 from nextscale.evaluation.bench.drawing import asked
 from nextscale.hub import WithoutInitialisation
+from nextscale.noise import Keyed
 from nextscale.systems import folders
 from nextscale.systems.infinity import preset_config
 
@@ -44,10 +45,8 @@ def main() -> None:
         guidance = system.guidance(used)
         began = time.perf_counter()
         with torch.no_grad():
-            from nextscale.noise import Keyed
-
-            run = system.start(system.label_rows(labels), guidance, Keyed.from_seeds([0]), system.plan)
-            for run in system.sampled(run, guidance, used):
+            begun = system.start(system.label_rows(labels), guidance, Keyed.from_seeds([0]), system.plan)
+            for run in system.sampled(begun, guidance, used):
                 if run.cursor in (len(system.plan) - 1, len(system.plan)):
                     print(f"{depth} block(s), {run.cursor} scales: {time.perf_counter() - began:.1f} s", flush=True)
         seconds[depth] = time.perf_counter() - began
