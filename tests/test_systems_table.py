@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -109,14 +109,14 @@ def test_broken_import_inside_a_module_is_not_reported_as_an_unknown_name(
 
 
 def test_other_packages_add_systems_and_models_but_cannot_take_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {
-        "nextscale.systems": [EntryPoint("theirs", "nextscale.errors:InputError", "nextscale.systems")],
-        "nextscale.models": [
+    points = EntryPoints(
+        [
+            EntryPoint("theirs", "nextscale.errors:InputError", "nextscale.systems"),
             EntryPoint("theirs-small", "nextscale.errors:nearest", "nextscale.models"),
             EntryPoint("var-d16", "nextscale.errors:nearest", "nextscale.models"),
-        ],
-    }
-    monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
+        ]
+    )
+    monkeypatch.setattr(registry, "_installed", lambda path: points)
     assert registry.systems()["theirs"].family == registry.FAMILIES[-1]
     with pytest.warns(UserWarning, match="var-d16"):
         assert registry.resolve("theirs") is InputError

@@ -105,14 +105,14 @@ class Block(nn.Module):
             f"{address}.modulation", lambda: self.modulate(rows.cond, shared))
 
         def attention(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(gate1 * self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address),
-                             self.drop, self.training)
+            return drop_path(self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address), self.drop,
+                             self.training)
 
         def mlp(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(gate2 * self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
+            return drop_path(self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
 
-        x = ctx.residual(address, "attention", x, attention, rows)
-        return ctx.residual(address, "mlp", x, mlp, rows)
+        x = ctx.residual(address, "attention", x, attention, rows, gate1)
+        return ctx.residual(address, "mlp", x, mlp, rows, gate2)
 
 
 class VARGenerator(nn.Module):
