@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.layers.linear import FEW, Linear, _has_blocked_products
+from nextscale.layers.linear import WORTHWHILE, Linear, _has_blocked_products
 
 needs_bf16 = pytest.mark.skipif(not _has_blocked_products(), reason="this CPU or torch has no bfloat16 products")
 
@@ -70,11 +70,14 @@ def test_gradients_take_the_plain_way(layer: Linear) -> None:
     assert layer.weight.grad is not None and layer._packed is None
 
 
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 50])
+@pytest.mark.parametrize("least", [0, WORTHWHILE])
 @pytest.mark.parametrize("gelu", [False, True])
 @torch.no_grad()
-def test_float32_products_are_the_plain_ones_and_keep_no_copy(rows: int, gelu: bool) -> None:
-    layer, x = Linear(64, 96), torch.randn(rows, 64)
+def test_float32_products_are_the_plain_ones_and_keep_no_copy(least: int, gelu: bool,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextscale.layers.linear.WORTHWHILE", least)
+    layer, x = Linear(64, 96), torch.randn(2, 5, 64)
+    assert layer._fuses(x) == (least == 0)
     for bias in (None, torch.randn(96)):
         wanted = F.linear(x, layer.weight, layer.bias if bias is None else bias)
         wanted = F.gelu(wanted, approximate="tanh") if gelu else wanted

@@ -9,9 +9,10 @@ from nextscale.layers.bf16_training import Gelu, Product, trains_in_bf16_on_cpu
 from nextscale.layers.bf16_training import has_blocked_products as _has_blocked_products
 from nextscale.layers.kept import KeepsForm
 
-FEW = 8
-"""Rows up to which a product in float32 mostly reads its weights, and MKL is the quicker (1.8 ms against 2.4 ms of one
-core for 2 rows and a weight of 4096 x 1024; 18 rows: 5.0 ms against 3.8 ms, GELU included)."""
+WORTHWHILE = 1 << 26
+"""Multiply-adds from which oneDNN's product in float32 is the quicker. Below, MKL's is (2 rows and a weight of 4096 x
+1024: 1.8 ms of one core against 2.4 ms; 18 rows, GELU included: 5.0 ms against 3.8 ms), and oneDNN takes 2 ms to make a
+kernel for every new shape."""
 
 
 class Linear(KeepsForm, nn.Linear):
@@ -44,7 +45,7 @@ class Linear(KeepsForm, nn.Linear):
 
     def _fuses(self, x: Tensor) -> bool:
         return (x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
-                and x.numel() > FEW * x.shape[-1] and torch.backends.mkldnn.is_available()
+                and x.numel() * self.out_features >= WORTHWHILE and torch.backends.mkldnn.is_available()
                 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
                 and not torch.is_autocast_enabled("cpu"))
 
