@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nextscale.errors import DataError, InputError, did_you_mean, nearest
 
@@ -217,8 +217,9 @@ def weights_of(name: str) -> Literal["published", "none", "shipped", "unknown"]:
 
 
 @cache
-def _installed(path: tuple[str, ...]) -> EntryPoints:
-    """The entry points of all packages on a path: reading them takes 20 ms, and a start asks a dozen times."""
+def _installed(path: tuple[str, ...]) -> Any:
+    """The entry points of all packages on a path, to select from (by types that hang on Python's version): reading
+    them takes 20 ms, and a start asks a dozen times."""
     return entry_points()
 
 
