@@ -143,3 +143,20 @@ def test_damaged_table_is_one_clear_line(
     monkeypatch.setattr(registry, "systems_path", lambda: path)
     with pytest.raises(DataError, match=message):
         registry._table.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["var-d2-16px", "flowar-64px", "mar-64px"])
+def test_listed_sizes_are_those_of_the_whole_model(name: str) -> None:
+    """The list builds systems with a narrow tokenizer and counts the real one once for all that share it."""
+    import torch
+
+    from nextscale.cli.models import _millions
+    from nextscale.systems.folders import build_system, model_config
+
+    config = model_config(name)
+    assert config is not None
+    with torch.device("meta"):
+        system = build_system(config)
+    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
+    rest = sum(p.numel() for p in system.parameters()) - tokenizer
+    assert _millions(config) == f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
