@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextscale.layers.attention import attention
+from nextscale.layers.adaln import gated_sum
+from nextscale.layers.attention import attention, unit_heads
 from nextscale.layers.mlp import drop_path
 from nextscale.layers.norms import GroupNorm, layer_norm
 from nextscale.layers.resize import resize
+from nextscale.tokenizers.autoencoder import Upsample
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 5, 7), (1, 64, 1, 1), (3, 96, 8, 4)])
@@ -128,3 +130,39 @@ def test_attention_in_training_equals_attention_in_sampling(masked: bool) -> Non
     with torch.no_grad():
         sampled = attention(q, k, v, mask, 0.7)
     torch.testing.assert_close(trained, sampled, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 32, 16, 16), (1, 4, 1, 1)], ids=str)
+@torch.no_grad()
+def test_doubling_by_a_transposed_convolution_is_repeating_and_convolving(shape: tuple[int, ...]) -> None:
+    layer, x = Upsample(shape[1]), torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+    def plain() -> torch.Tensor:
+        return layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    with torch.enable_grad():
+        assert torch.equal(layer(x), plain()) and layer._packed is None
+    torch.testing.assert_close(layer(x), plain(), atol=2e-6, rtol=1e-5)
+    layer.conv.weight.mul_(-2).add_(0.1)  # the kernel is made anew
+    torch.testing.assert_close(layer(x), plain(), atol=1e-5, rtol=1e-5)
+    layer.load_state_dict({name: torch.randn_like(t) for name, t in layer.state_dict().items()})
+    torch.testing.assert_close(layer(x), plain(), atol=5e-5, rtol=1e-5)
+    assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
+
+
+def test_a_gated_sum_is_the_same_with_and_without_gradients() -> None:
+    x, y, gate = torch.randn(4, 5, 8), torch.randn(4, 5, 8), torch.randn(4, 1, 8)
+    wanted = x + gate * y
+    assert torch.equal(gated_sum(x, y, gate), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_sum(x, y, gate), wanted)
+        assert torch.equal(gated_sum(x, y, None), x + y)
+
+
+def test_heads_of_unit_length_are_normalised_queries_and_keys() -> None:
+    qkv, gain = torch.randn(2, 5, 3 * 12), torch.rand(1, 3, 1, 1) * 4
+    qkv[0, 0] = 0  # nothing to divide by
+    q, k, v = qkv.view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    found = unit_heads(qkv, gain)
+    for ours, wanted in zip(found, (F.normalize(q, dim=-1) * gain, F.normalize(k, dim=-1), v), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)

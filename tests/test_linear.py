@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.layers.linear import Linear, _has_blocked_products
+from nextscale.layers.linear import WORTHWHILE, Linear, _has_blocked_products
 
 needs_bf16 = pytest.mark.skipif(not _has_blocked_products(), reason="this CPU or torch has no bfloat16 products")
 
@@ -64,10 +64,22 @@ def test_the_copy_is_no_part_of_the_state(layer: Linear) -> None:
         assert torch.equal(layer(x), wanted)
 
 
-def test_gradients_and_float32_take_the_plain_way(layer: Linear) -> None:
+def test_gradients_take_the_plain_way(layer: Linear) -> None:
     x = torch.randn(3, 64).bfloat16()
     layer(x, gelu=True).float().sum().backward()
     assert layer.weight.grad is not None and layer._packed is None
-    full, wide = Linear(64, 96), torch.randn(3, 64)
-    with torch.no_grad():
-        assert torch.equal(full(wide), F.linear(wide, full.weight, full.bias))
+
+
+@pytest.mark.parametrize("least", [0, WORTHWHILE])
+@pytest.mark.parametrize("gelu", [False, True])
+@torch.no_grad()
+def test_float32_products_are_the_plain_ones_and_keep_no_copy(least: int, gelu: bool,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nextscale.layers.linear.WORTHWHILE", least)
+    layer, x = Linear(64, 96), torch.randn(2, 5, 64)
+    assert layer._fuses(x) == (least == 0)
+    for bias in (None, torch.randn(96)):
+        wanted = F.linear(x, layer.weight, layer.bias if bias is None else bias)
+        wanted = F.gelu(wanted, approximate="tanh") if gelu else wanted
+        torch.testing.assert_close(layer(x, bias, gelu), wanted, atol=2e-6, rtol=1e-5)
+    assert layer._packed is None

@@ -165,6 +165,20 @@ def test_top_p_keeps_the_published_nucleus(values: list[float], p: float) -> Non
     assert np.array_equal(found[kept], np.array(values, dtype=np.float32)[kept]) and kept[np.argmax(values)]
 
 
+def test_filters_order_values_alike_by_numpy_and_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU NumPy sorts; codes that tie with the last that stays do, too, whichever comes first."""
+    logits = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, :, 10:20] = (4 * logits[:, :, 10:20]).round() / 4
+    logits[..., 40:] = -torch.inf
+    filters = [TopK(1), TopK(9), TopK(60), TopP(1e-6), TopP(0.5), TopP(0.99)]
+    found = [narrow(logits, AT) for narrow in filters]
+    monkeypatch.setattr("nextscale.sampling.filters._by_numpy", lambda logits: False)
+    assert all(torch.equal(narrow(logits, AT), by_numpy) for narrow, by_numpy in zip(filters, found, strict=True))
+    tied = torch.tensor([[[0.0, 2.0, 2.0, 2.0, 1.0]]])
+    assert TopP(0.5)(tied, AT).isfinite().tolist() == [[[False, True, True, True, False]]]
+    assert TopK(2)(tied, AT).isfinite().tolist() == [[[False, True, True, True, False]]]
+
+
 def test_top_p_behind_top_k_only_narrows_what_is_left() -> None:
     logits = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0))
     by_k = TopK(9)(logits, AT)

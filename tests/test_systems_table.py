@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -109,14 +109,14 @@ def test_broken_import_inside_a_module_is_not_reported_as_an_unknown_name(
 
 
 def test_other_packages_add_systems_and_models_but_cannot_take_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = {
-        "nextscale.systems": [EntryPoint("theirs", "nextscale.errors:InputError", "nextscale.systems")],
-        "nextscale.models": [
+    points = EntryPoints(
+        [
+            EntryPoint("theirs", "nextscale.errors:InputError", "nextscale.systems"),
             EntryPoint("theirs-small", "nextscale.errors:nearest", "nextscale.models"),
             EntryPoint("var-d16", "nextscale.errors:nearest", "nextscale.models"),
-        ],
-    }
-    monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
+        ]
+    )
+    monkeypatch.setattr(registry, "_installed", lambda path: points)
     assert registry.systems()["theirs"].family == registry.FAMILIES[-1]
     with pytest.warns(UserWarning, match="var-d16"):
         assert registry.resolve("theirs") is InputError
@@ -143,3 +143,20 @@ def test_damaged_table_is_one_clear_line(
     monkeypatch.setattr(registry, "systems_path", lambda: path)
     with pytest.raises(DataError, match=message):
         registry._table.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["var-d2-16px", "flowar-64px", "mar-64px"])
+def test_listed_sizes_are_those_of_the_whole_model(name: str) -> None:
+    """The list builds systems with a narrow tokenizer and counts the real one once for all that share it."""
+    import torch
+
+    from nextscale.cli.models import _millions
+    from nextscale.systems.folders import build_system, model_config
+
+    config = model_config(name)
+    assert config is not None
+    with torch.device("meta"):
+        system = build_system(config)
+    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
+    rest = sum(p.numel() for p in system.parameters()) - tokenizer
+    assert _millions(config) == f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"

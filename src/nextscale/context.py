@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
+from nextscale.layers.adaln import gated_sum
 from nextscale.layers.attention import attention, by_head, pairs, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
 from nextscale.plan import Plan
@@ -170,11 +171,12 @@ class Context:
 
         return self.block(address, x, again if recompute and x.requires_grad else f, rows)
 
-    def residual(self, address: str, kind: str, x: Tensor, f: Function, rows: Rows) -> Tensor:
-        """x + f(x, rows) of a residual branch, inside the hooks."""
+    def residual(self, address: str, kind: str, x: Tensor, f: Function, rows: Rows,
+                 gate: Tensor | None = None) -> Tensor:
+        """x + gate f(x, rows) of a residual branch, inside the hooks; gate: (R, 1, C), None for 1."""
         if not self._residual:
-            return x + f(x, rows)
-        inner: Function = lambda x, rows: x + f(x, rows)  # noqa: E731
+            return gated_sum(x, f(x, rows), gate)
+        inner: Function = lambda x, rows: gated_sum(x, f(x, rows), gate)  # noqa: E731
         for hook in self._residual:
             inner = _wrap_residual(hook, self, address, kind, inner)
         return inner(x, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +12,7 @@ from nextscale.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from nextscale.systems.system import Config
+    from nextscale.tokenizers.config import TokenizerConfig
 
 
 def list_models(
@@ -79,11 +82,25 @@ def _millions(config: Config) -> str:
     from nextscale.hub import WithoutInitialisation
     from nextscale.systems.folders import build_system
 
+    # Most models share a tokenizer, which is most of the work: counted once, and the system is built with a narrow one.
+    auto = config.tokenizer.autoencoder
+    narrow = replace(auto, width=auto.groups, encoder_blocks=1, decoder_blocks=1)
     with torch.device("meta"), WithoutInitialisation():
-        system = build_system(config)
-    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
-    rest = sum(p.numel() for p in system.parameters()) - tokenizer
-    return f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
+        system = build_system(replace(config, tokenizer=replace(config.tokenizer, autoencoder=narrow)))
+    of_narrow = sum(p.numel() for p in system.tokenizer.parameters())
+    rest = sum(p.numel() for p in system.parameters()) - of_narrow
+    return f"{rest / 1e6:,.0f}M + {_tokenizer_size(config.tokenizer) / 1e6:,.0f}M tokenizer"
+
+
+@cache
+def _tokenizer_size(config: TokenizerConfig) -> int:
+    import torch
+
+    from nextscale.hub import WithoutInitialisation
+    from nextscale.tokenizers.tokenizer import Tokenizer
+
+    with torch.device("meta"), WithoutInitialisation():
+        return sum(p.numel() for p in Tokenizer(config).parameters())
 
 
 def list_hooks(

@@ -34,19 +34,19 @@ class MVARBlock(Block):
 
         def attention(x: Tensor, rows: Rows) -> Tensor:
             own = rows.part(0, len(rows), keep=0)  # none of its keys stays, though the scan goes on behind the rows
-            return drop_path(gate1 * self.attention(modulated_norm(x, scale1, shift1), own, ctx, address),
-                             self.drop, self.training)
+            return drop_path(self.attention(modulated_norm(x, scale1, shift1), own, ctx, address), self.drop,
+                             self.training)
 
         def scan(x: Tensor, rows: Rows) -> Tensor:
             y = ctx.recur(f"{address}.scan", modulated_norm(x, scale2, shift2), rows, self.mamba)
-            return drop_path(gate2 * y, self.drop, self.training)
+            return drop_path(y, self.drop, self.training)
 
         def mlp(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(gate3 * self.mlp(modulated_norm(x, scale3, shift3)), self.drop, self.training)
+            return drop_path(self.mlp(modulated_norm(x, scale3, shift3)), self.drop, self.training)
 
-        x = ctx.residual(address, "attention", x, attention, rows)
-        x = ctx.residual(address, "scan", x, scan, rows)
-        return ctx.residual(address, "mlp", x, mlp, rows)
+        x = ctx.residual(address, "attention", x, attention, rows, gate1)
+        x = ctx.residual(address, "scan", x, scan, rows, gate2)
+        return ctx.residual(address, "mlp", x, mlp, rows, gate3)
 
 
 class MVARGenerator(VARGenerator):

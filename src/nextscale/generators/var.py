@@ -112,14 +112,14 @@ class Block(nn.Module):
             f"{address}.modulation", lambda: self.modulate(rows.cond, shared))
 
         def attention(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(gate1 * self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address),
-                             self.drop, self.training)
+            return drop_path(self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address), self.drop,
+                             self.training)
 
         def mlp(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(gate2 * self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
+            return drop_path(self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
 
-        x = self.between(ctx.residual(address, "attention", x, attention, rows), rows, ctx, address)
-        return ctx.residual(address, "mlp", x, mlp, rows)
+        x = ctx.residual(address, "attention", x, attention, rows, gate1)
+        return ctx.residual(address, "mlp", self.between(x, rows, ctx, address), mlp, rows, gate2)
 
     def between(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
         """What a block has between its attention and its MLP."""

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nextscale.heads.cross_entropy import LinearCrossEntropy, cross_entropy
 from nextscale.layers.bf16_training import trains_in_bf16_on_cpu
+from nextscale.layers.linear import Linear
 from nextscale.noise import Noise, Recorded, inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
@@ -17,15 +18,15 @@ Guidance = Callable[[dict[str, Tensor], At], Tensor]
 Filter = Callable[[Tensor, At], Tensor]
 
 
-class CategoricalHead(nn.Linear):
+class CategoricalHead(Linear):
     """A linear layer to logits (.., V), which leave it in float32.
 
     soft: None, or what turns guided logits into code vectors that are written instead of the sampled codes (VAR's
     smooth mode); it is called as ``soft(logits, at, run)``.
     """
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden).float()
+    def forward(self, hidden: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        return super().forward(hidden, bias, gelu).float()
 
     def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every position in nats, and 1 where no other code is likelier than the target, else 0;

@@ -16,6 +16,13 @@ def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tenso
     return torch.addcmul(shift_R1C, layer_norm(x_RLC), 1 + scale_R1C)
 
 
+def gated_sum(x_RLC: Tensor, y_RLC: Tensor, gate_R1C: Tensor | None) -> Tensor:
+    """x + gate y, in one pass where no gradient is asked for; gate None is 1."""
+    if gate_R1C is None:
+        return x_RLC + y_RLC
+    return x_RLC + gate_R1C * y_RLC if torch.is_grad_enabled() else torch.addcmul(x_RLC, gate_R1C, y_RLC)
+
+
 class Modulation(nn.Linear):
     """SiLU, then a linear layer to ``parts`` vectors of width C: conditions (R, D) to (R, 1, parts, C)."""
 

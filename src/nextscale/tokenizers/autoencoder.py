@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.errors import InputError
+from nextscale.layers.kept import KeepsForm
 from nextscale.layers.norms import GroupNorm
 
 
@@ -81,6 +82,11 @@ def _silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def _plus(x: Tensor, other: Tensor) -> Tensor:
+    """The sum of a map that nothing else holds and another; in place as above."""
+    return x + other if torch.is_grad_enabled() else x.add_(other)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
 
@@ -94,7 +100,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In one expression, and the shortcut last: so no map is kept that the next convolution doesn't read.
-        return self.conv_out(_silu(self.norm_out(self.conv_in(_silu(self.norm_in(x)))))) + self.shortcut(x)
+        return _plus(self.conv_out(_silu(self.norm_out(self.conv_in(_silu(self.norm_in(x)))))), self.shortcut(x))
 
 
 class SelfAttention2d(nn.Module):
@@ -124,15 +130,37 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double a map by repeating cells, then a 3x3 convolution."""
+class Upsample(KeepsForm):
+    """Double a map by repeating cells, then a 3x3 convolution.
+
+    Of the nine cells that the convolution reads, at most four differ. Both together are one transposed convolution of
+    stride 2, which takes 4/9 of the products; its 4x4 kernel is made where no gradient is asked for, on a CPU (160
+    channels at 128x128 cells: 151 ms of one core against 292 ms in float32, 32 ms against 38 ms in bfloat16).
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if (x.device.type not in ("cpu", "meta") or torch.is_grad_enabled() or torch.compiler.is_compiling()
+                or self.conv.weight.is_inference()):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = self.kept(self.conv.weight, doubling_kernel)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+
+
+def doubling_kernel(weight_OI33: Tensor) -> Tensor:
+    """The kernel (I, O, 4, 4) of the transposed convolution of stride 2 and padding 1 that is a 3x3 convolution of a
+    map with every cell repeated, 2x2.
+
+    A cell reaches the 3x3 outputs around each of its four copies: its kernel is the mirrored one, added up at four
+    places. The sum is made in float32.
+    """
+    mirrored = F.pad(weight_OI33.float().transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+    rows = mirrored[:, :, :-1] + mirrored[:, :, 1:]
+    kernel = (rows[..., :-1] + rows[..., 1:]).to(weight_OI33.dtype)
+    return kernel.contiguous(memory_format=torch.channels_last)
 
 
 class Level(nn.Module):

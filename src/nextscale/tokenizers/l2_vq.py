@@ -31,8 +31,9 @@ class L2Quantiser(CodebookQuantiser):
     def __init__(self, config: TokenizerConfig):
         super().__init__(config)
         with torch.no_grad():
-            self.codebook.weight.uniform_(-1 / config.vocabulary, 1 / config.vocabulary)
-            self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
+            weight = self.codebook.weight.uniform_(-1 / config.vocabulary, 1 / config.vocabulary)
+            if not weight.is_meta:  # there it would import the compiler, which takes seconds
+                weight.copy_(F.normalize(weight, dim=-1))
 
     def codes_VC(self) -> Tensor:
         """Every code, normalised, with its gradient."""

@@ -63,13 +63,14 @@ def recorded(system: Any, recorder: Recorder) -> Iterator[None]:
               if hasattr(module, name)]
     plain = Context.residual
 
-    def residual(ctx: Context, address: str, kind: str, x: Tensor, f: Callable[..., Tensor], rows: Any) -> Tensor:
+    def residual(ctx: Context, address: str, kind: str, x: Tensor, f: Callable[..., Tensor], rows: Any,
+                 gate: Tensor | None = None) -> Tensor:
         def counted(x: Tensor, rows: Any) -> Tensor:
             recorder.rows(kind, x)
             with recorder.phase(kind):
                 return f(x, rows)
 
-        return plain(ctx, address, kind, x, counted, rows)
+        return plain(ctx, address, kind, x, counted, rows, gate)
 
     with ExitStack() as stack:
         for owner, name, phase in parts:
