@@ -1,8 +1,17 @@
 """What all tests share."""
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+import archives
+
+archives.unpack()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import acceleration_checks
+import archives
 import bitwise_checks
 import flow_checks
 import masked_checks
@@ -624,6 +625,9 @@ CHECKS = {"var": check_var, "flexvar": check_flexvar, "hmar": check_hmar, "m_var
           "fastvar": counted(acceleration_checks.check_fastvar),
           "scalekv": counted(acceleration_checks.check_scalekv),
           "mar": counted(masked_checks.check_mar), "himar": counted(masked_checks.check_himar)}
+
+
+archives.unpack()
 
 
 def main(arguments: list[str]) -> int:

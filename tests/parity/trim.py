@@ -2,8 +2,9 @@
 
     python tests/parity/trim.py flexvar_tiny.json --drop "*_image" "reconstruction.3" "*_probs.*"
 
-``run.py`` compares what is there; the whole set is checked by giving its own path to ``run.py``. What is kept is kept to
-the last bit: whole numbers may be stored in a narrower type (--narrow), bits eight to a byte (--pack).
+``run.py`` compares what is there; the whole set is checked by giving its own path to ``run.py``. What is kept is kept
+to the last bit: whole numbers may be stored in a narrower type (--narrow), bits eight to a byte (--pack). The set is
+packed as an archive, which is what the repository holds.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from archives import pack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def main() -> None:
     save_file(kept, given.out / given.golden.with_suffix(".safetensors").name)
     text = json.dumps(golden, ensure_ascii=False, separators=(",", ":"))
     (given.out / given.golden.name).write_text(text + "\n", encoding="utf-8")
-    print(f"{given.golden.name}: {len(kept)} of {len(tensors)} tensors kept")
+    print(f"{pack(given.out / given.golden.name)}: {len(kept)} of {len(tensors)} tensors kept")
 
 
 if __name__ == "__main__":
