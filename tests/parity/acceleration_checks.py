@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitwise_checks import TIE, Heard, bits, features_of
+from bitwise_checks import Heard, bits, features_of
 from torch import Tensor
 
 from nextscale.acceleration.blocks import block_of

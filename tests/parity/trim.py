@@ -2,8 +2,9 @@
 
     python tests/parity/trim.py flexvar_tiny.json --drop "*_image" "reconstruction.3" "*_probs.*"
 
-``run.py`` compares what is there; the whole set is checked by giving its own path to ``run.py``. What is kept is kept to
-the last bit: whole numbers may be stored in a narrower type (--narrow), bits eight to a byte (--pack).
+``run.py`` compares what is there; the whole set is checked by giving its own path to ``run.py``. What is kept
+stays as it is to the last bit: whole numbers may be stored in a narrower type
+(--narrow), bits eight to a byte (--pack).
 """
 from __future__ import annotations
 
