@@ -17,22 +17,27 @@ from nextscale.acceleration.hack import HACK
 from nextscale.acceleration.litevar import LiteVAR
 from nextscale.acceleration.scalekv import ScaleKV
 from nextscale.conditions.class_label import ClassCondition, ClassTable
-from nextscale.context import Hook
+from nextscale.conditions.text import TextCondition, TextRows
+from nextscale.conditions.text_features import TextFeatures
+from nextscale.context import Context, Hook
+from nextscale.generators.infinity import InfinityGeneratorConfig
 from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.noise import Keyed
 from nextscale.plan import PREVIOUS_ONLY, Plan
-from nextscale.run import Run
+from nextscale.run import Condition, Rows, Run
 from nextscale.sampling.diversevar import DiverseVAR
 from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided
 from nextscale.sampling.softcfg import SoftCFG
 from nextscale.sampling.steps import sample_steps
+from nextscale.systems.infinity import Infinity, InfinityConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 
 SCALES = ((1, 1), (2, 2), (3, 3), (4, 4))
+WIDE = ((1, 1), (1, 2), (2, 3), (3, 5))
 CLASSES, VOCABULARY = (5, 3), 24
 BODY = VARGeneratorConfig(depth=2, width=32, heads=4)
 SEEDS, LABELS = (11, 12, 13), ((0, 2), (3, 0), (4, 1))
@@ -63,42 +68,66 @@ def model(grids: tuple[tuple[int, int], ...] = SCALES, maps: int = 1, seed: int 
 
 
 @functools.lru_cache
+def text_model() -> Any:
+    """An Infinity of a shape that is no square: bits for tokens, prompts of other lengths, attention to the text."""
+    sizes = AutoencoderConfig(32, (1, 1, 2), 1, 1, 6, 32, "none", latent_kernel=0)
+    network = InfinityGeneratorConfig(BODY.depth, BODY.width, BODY.heads, mlp_width=64, text_width=12, longest_text=5,
+                                      pool_heads=2, frame=4)
+    system = Infinity(InfinityConfig(TokenizerConfig(sizes, WIDE, kind="bsq", tokens="bits"), network)).eval()
+    for i, part in enumerate((system.generator, system.head, system.text)):
+        randomise(part, i + 3)
+    return system.requires_grad_(False)
+
+
+class TowerBlock(Block):
+    """Told by a condition's vector alone."""
+
+    def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str, shared: Tensor | None) -> Tensor:
+        cond = rows.cond.vector if isinstance(rows.cond, TextRows) else rows.cond
+        found: Tensor = super().forward(x, replace(rows, cond=cond), ctx, address, shared)
+        return found
+
+
+@functools.lru_cache
 def tower_block() -> Block:
-    block = Block(BODY, 0.0).eval()
+    block = TowerBlock(BODY, 0.0).eval()
     randomise(block, 77)
     return block.requires_grad_(False)
 
 
-def pruned(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def pruned(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     return FastVAR(0.0 if neutral else (0.5, 0.5))
 
 
-def random_rows(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def random_rows(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """FastVAR's comparison: other rows, and nothing in the place of those that were left out."""
     return FastVAR(0.0 if neutral else (0.4, 0.4), score="random", restore="zero")
 
 
-def layers(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def layers(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """Layers remember budgets of their own, each head other rows."""
     return ScaleKV(share=1.0, window=2) if neutral else ScaleKV(
-        {"budgets": [None] * (len(plan) - 2) + [[4, 5], [5, 9]], "window": 2}, kernel=3)
+        {"budgets": [None] * (len(m.plan) - 2) + [[4, 5], [5, 9]], "window": 2}, kernel=3)
 
 
-def heads(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def heads(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """Heads of one layer remember budgets of their own, and attention reads no more."""
     table = {"contextual": [[True, False, True, False], [False, False, True, True]]}
     return HACK(table, compression=0.0 if neutral else 0.6, queries=3)
 
 
-def tower(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
-    control = torch.randn(len(SEEDS), len(plan), BODY.width, generator=torch.Generator().manual_seed(5))
+def tower(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
+    control = torch.randn(len(SEEDS), len(m.plan), BODY.width, generator=torch.Generator().manual_seed(5))
     return ControlTower({"base.1": tower_block()}, control[list(items)], 0.0 if neutral else 1.0)
 
 
-def forced(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def forced(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """One map of a joint model is given, or the first rows of a picture's steps."""
-    generator = torch.Generator().manual_seed(6)
-    tokens = torch.randint(VOCABULARY, (len(SEEDS), plan.length), generator=generator)
+    generator, plan = torch.Generator().manual_seed(6), m.plan
+    bits = getattr(m.head, "bits", 0)
+    shape = (len(SEEDS), plan.length, bits) if bits else (len(SEEDS), plan.length)
+    tokens = torch.randint(2 if bits else VOCABULARY, shape, generator=generator)
+    tokens = tokens.bool() if bits else tokens
     keep = torch.rand(len(SEEDS), plan.length, generator=generator) < 0.5
     if plan.steps[0].maps == 2:
         keep = (plan.cells[:, 0] == 0).expand(len(SEEDS), -1)
@@ -107,25 +136,25 @@ def forced(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
     return ForcedTokens(given, [torch.zeros_like(k) if neutral else k for k in kept])
 
 
-def window(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def window(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """Rows see less than the visibility shows."""
     return LiteVAR(window=1.0 if neutral else 0.2, dense=1)
 
 
-def shared(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def shared(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     """One branch's attention serves all, and the others' keys are not in memory."""
     return LiteVAR(share=() if neutral else (1,))
 
 
-def softcfg(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def softcfg(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     return SoftCFG(0.0 if neutral else 1.0)
 
 
-def diverse(neutral: bool, plan: Plan, items: Sequence[int]) -> Hook:
+def diverse(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     return DiverseVAR(0.0, 0.0) if neutral else DiverseVAR(1.0, 0.5, at_steps=(1, 2))
 
 
-HOOKS: dict[str, Callable[[bool, Plan, Sequence[int]], Hook]] = {
+HOOKS: dict[str, Callable[[bool, Any, Sequence[int]], Hook]] = {
     "pruned": pruned, "random": random_rows, "layers": layers, "heads": heads, "tower": tower, "forced": forced,
     "window": window, "shared": shared, "softcfg": softcfg, "diverse": diverse}
 HEADS: dict[str, Callable[[Any, bool], Any]] = {
@@ -139,7 +168,8 @@ GUIDANCE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Hooks (first is innermost), a head, a guidance, a visibility and the number of maps: one way to sample."""
+    """Hooks (first is innermost), a head, a guidance, a visibility, the number of maps, and whether of text: one way to
+    sample."""
 
     hooks: tuple[str, ...] = ()
     head: str = "plain"
@@ -147,15 +177,16 @@ class Case:
     maps: int = 1
     previous_only: bool = False
     neutral: bool = False
+    text: bool = False
 
     def __str__(self) -> str:
         parts = [*self.hooks, *(p for p in (self.head, self.guidance) if p not in ("plain", "two"))]
-        parts += ["joint"] * (self.maps == 2) + ["previous_only"] * self.previous_only
+        parts += ["joint"] * (self.maps == 2) + ["previous_only"] * self.previous_only + ["text"] * self.text
         return "+".join(parts) or "nothing"
 
     @property
     def model(self) -> Any:
-        return model(maps=self.maps)
+        return text_model() if self.text else model(maps=self.maps)
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -163,9 +194,13 @@ class Case:
 
     def make_hooks(self, items: Sequence[int] = range(len(SEEDS))) -> list[Hook]:
         """The hooks, for a run of the pictures ``items``."""
-        return [HOOKS[name](self.neutral, self.model.plan, items) for name in self.hooks]
+        return [HOOKS[name](self.neutral, self.model, items) for name in self.hooks]
 
-    def condition(self, items: Sequence[int] = range(len(SEEDS))) -> ClassCondition:
+    def condition(self, items: Sequence[int] = range(len(SEEDS))) -> Condition:
+        if self.text:
+            generator = torch.Generator().manual_seed(8)
+            prompts = [torch.randn(length, 12, generator=generator) for length in (4, 2, 5)]
+            return TextCondition(self.model.text, TextFeatures.pack(prompts).gather(torch.tensor(list(items))))
         return ClassCondition(self.model.labels, torch.tensor(LABELS)[list(items)])
 
     def start(self, items: Sequence[int] = range(len(SEEDS))) -> Run:
@@ -199,7 +234,9 @@ OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three
           Case(("layers",), "clean", previous_only=True),
           Case(("softcfg",), guidance="three"), Case(("softcfg", "diverse"), maps=2),
           Case(("layers", "softcfg"), previous_only=True)]
-CASES = [Case(), *SINGLE, *PAIRS, TOGETHER, *REVERSED, *WITH_HEADS, *OTHERS]
+# Hooks on a system of text, at a shape that is no square.
+TEXT = [Case(hooks, text=True) for hooks in ((), *((name,) for name in HOOKS), TOGETHER.hooks)]
+CASES = [Case(), *SINGLE, *PAIRS, TOGETHER, *REVERSED, *WITH_HEADS, *OTHERS, *TEXT]
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def sequential(hooks: tuple[str, ...] = ()) -> tuple[torch.Tensor, Run]:
 
 
 def towers(hooks: tuple[str, ...]) -> list[Hook]:
-    return [HOOKS[name](False, model(ONE_ROW_STEPS).plan, range(len(SEEDS))) for name in hooks]
+    return [HOOKS[name](False, model(ONE_ROW_STEPS), range(len(SEEDS))) for name in hooks]
 
 
 @pytest.mark.parametrize("hooks", [(), ("tower",)], ids=["nothing", "tower"])

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, GUIDANCE, HOOKS, PAIRS, SINGLE, WITH_HEADS, Case, bits, finished, same_bits, same_tokens
+from cases import CASES, GUIDANCE, HOOKS, PAIRS, SINGLE, TEXT, WITH_HEADS, Case, bits, finished, same_bits, same_tokens
 
-from nextscale.heads.categorical import token_log_prob
 from nextscale.run import At
 from nextscale.sampling.steps import evaluator
 
@@ -38,7 +37,7 @@ def test_a_picture_alone_equals_the_picture_in_a_batch(case: Case) -> None:
         same_tokens(alone, whole.gather([item]))
 
 
-@pytest.mark.parametrize("case", [*SINGLE, *PAIRS, Case((), "rounds"), Case(("pruned", "tower"), "rounds"),
+@pytest.mark.parametrize("case", [*SINGLE, *TEXT[1:], *PAIRS, Case((), "rounds"), Case(("pruned", "tower"), "rounds"),
                                   Case(("layers",), maps=2), Case(("heads",), guidance="three"),
                                   Case(("pruned",), previous_only=True)], ids=str)
 def test_a_double_at_its_neutral_setting_equals_none_bit_for_bit(case: Case) -> None:
@@ -90,11 +89,11 @@ def test_the_loop_equals_one_call(case: Case) -> None:
     for span in run.plan.spans(0, len(run.plan)):
         at_step = {name: logits[:, span.lo:span.hi] for name, logits in outputs.items()}
         logits = case.model.head.distribution(at_step, At.of(run.plan, span.step), GUIDANCE[case.guidance])
-        found = token_log_prob(logits, loop.tokens[span.step]).masked_fill(given[:, span.lo:span.hi], 0.0)
+        found = case.model.head.log_prob(logits, loop.tokens[span.step]).masked_fill(given[:, span.lo:span.hi], 0.0)
         torch.testing.assert_close(found, loop.log_probs[span.step], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", [*SINGLE, *PAIRS, *WITH_HEADS], ids=str)
+@pytest.mark.parametrize("case", [*SINGLE, *TEXT, *PAIRS, *WITH_HEADS], ids=str)
 def test_a_duplicate_diverges_while_the_other_copy_goes_on_as_it_would_have(case: Case) -> None:
     """A population of pictures gathered to two copies of one of them (TTS-VAR, beam search)."""
     whole, hooks = finished(case), case.make_hooks()
@@ -110,4 +109,4 @@ def case_keep(case: Case, run: object) -> list[torch.Tensor]:
     """Which tokens of the plan a case's hooks give instead of drawing them."""
     if "forced" not in case.hooks:
         return [torch.zeros(3, case.model.plan.length, dtype=torch.bool)]
-    return list(HOOKS["forced"](case.neutral, case.model.plan, range(3)).keep)
+    return list(HOOKS["forced"](case.neutral, case.model, range(3)).keep)

@@ -25,7 +25,7 @@ def test_what_acts_on_whole_steps_refuses_pictures_at_different_steps(name: str)
     _, run = sequential()
     m = model(ONE_ROW_STEPS)
     with pytest.raises(InputError, match="different steps"):
-        next(jacobi(m, run, GUIDANCE["none"], 3, [HOOKS[name](False, m.plan, range(len(SEEDS)))]))
+        next(jacobi(m, run, GUIDANCE["none"], 3, [HOOKS[name](False, m, range(len(SEEDS)))]))
 
 
 @pytest.mark.parametrize("name", ["pruned", "layers", "heads", "tower", "softcfg"])
@@ -34,7 +34,7 @@ def test_what_needs_memory_refuses_a_pass_without(name: str) -> None:
     run = case.go(case.start())
     reads = pyramid.replay(run.tokens, case.start().canvas).reads
     with pytest.raises(InputError, match="needs a run's memory"):
-        hidden_states(m, m.plan, reads, case.condition(), ("conditional",), [HOOKS[name](False, m.plan, range(3))])
+        hidden_states(m, m.plan, reads, case.condition(), ("conditional",), [HOOKS[name](False, m, range(3))])
 
 
 def test_two_prunings_are_refused() -> None:

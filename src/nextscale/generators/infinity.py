@@ -51,11 +51,11 @@ def nearest_ratio(ratio: float) -> float:
 class InfinityGeneratorConfig(VARGeneratorConfig):
     """Sizes of the transformer.
 
-    mlp_width: inside of the feed-forward networks, 0 for round(4 C / 256) 256; levels: rows of the level table;
-    text_width: of the encoder's features; longest_text: tokens a prompt may have; pool_heads: of the attention that
-    pools a prompt, 0 for text_width / 128 (/ 64 where C is above 4096). frame: the side of the square grid that places
-    are measured on, whatever size is drawn, and of grids of the same area for other aspect ratios; 0 for the largest
-    published grid of the ratio.
+    mlp_width: inside of the feed-forward networks, 0 for round(4 C / 256) 256, at least 256; levels: rows of the level
+    table; text_width: of the encoder's features; longest_text: tokens a prompt may have; pool_heads: of the attention
+    that pools a prompt, 0 for text_width / 128 (/ 64 where C is above 4096). frame: the side of the square grid that
+    places are measured on, whatever size is drawn, and of grids of the same area for other aspect ratios; 0 for the
+    largest published grid of the ratio.
     """
 
     depth: int = 32
@@ -71,7 +71,7 @@ class InfinityGeneratorConfig(VARGeneratorConfig):
     frame: int = 0
 
     def __post_init__(self) -> None:
-        inner = self.mlp_width or round(4 * self.width / 256) * 256
+        inner = self.mlp_width or max(1, round(4 * self.width / 256)) * 256
         object.__setattr__(self, "mlp_ratio", inner / self.width)
         if not self.shared_modulation:
             raise InputError("Infinity: shared_modulation is part of the model; leave it at true")

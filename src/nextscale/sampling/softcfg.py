@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nextscale.context import Attend, Context, Hook
 from nextscale.errors import InputError
+from nextscale.heads.bitwise import BitwiseHead
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.layers.memory import Tags
 from nextscale.plan import Plan
@@ -26,9 +27,9 @@ CONFIDENCE, PLACES = "softcfg.confidence", "softcfg.places"
 class SoftCFG(Hook):
     """Guidance that does not fade as the context grows: values of confident tokens shrink without the class.
 
-    p_i = max_v softmax(z_cond,i)(v) is how sure the conditional branch was of token i, before guidance and filters. At
-    every step the branches without the class read w_i v_i instead of v_i in all layers and heads, for the tokens i of
-    earlier steps, with
+    p_i = max_v softmax(z_cond,i)(v) is how sure the conditional branch was of token i, before guidance and filters; of
+    a token of bits, the product of theirs. At every step the branches without the class read w_i v_i instead of v_i in
+    all layers and heads, for the tokens i of earlier steps, with
 
         w_i = 1 - budget p_i / sum_j p_j            (normalised; one token's worth is taken away in all)
         w_i = 1 - budget p_i                        (not normalised)
@@ -54,7 +55,7 @@ class SoftCFG(Hook):
 
     def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
         head = getattr(model.head, "head", model.head)  # of one that draws through another
-        if not isinstance(head, CategoricalHead):
+        if not isinstance(head, (CategoricalHead, BitwiseHead)):
             raise InputError(f"softcfg: the confidence of a token needs logits, which a {type(head).__name__} does "
                              "not give; leave it out")
         if plan.visible.previous == 0:
@@ -78,9 +79,10 @@ class SoftCFG(Hook):
 
     def output(self, outputs: dict[str, Tensor], at: At, run: Run | None) -> dict[str, Tensor]:
         if run is not None:
-            z_BLV = outputs["conditional"].float()
+            z = outputs["conditional"].float()  # (B, L, V), or two a bit, (B, L, d, 2)
+            log_p = (z.amax(-1) - z.logsumexp(-1)).flatten(2).sum(-1) if z.ndim == 4 else z.amax(-1) - z.logsumexp(-1)
             found = self._confidence(run).clone()
-            found[:, run.plan.span(at.step, at.step + 1)] = (z_BLV.amax(-1) - z_BLV.logsumexp(-1)).exp()
+            found[:, run.plan.span(at.step, at.step + 1)] = log_p.exp()
             run.carried[CONFIDENCE] = found
         return outputs
 
