@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.conditions.text import PooledText, TextRows, key_value_heads
@@ -94,9 +95,10 @@ def largest_grid(plan: Plan, side: int) -> tuple[float, float]:
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention whose queries and keys are turned by their places, (row, column)."""
+    """Self-attention whose queries and keys are turned by their places, (row, column), at rates down to 1 / theta."""
 
     config: InfinityGeneratorConfig
+    theta = 10000.0
 
     def __init__(self, config: VARGeneratorConfig):
         super().__init__(config)
@@ -114,7 +116,7 @@ class RotarySelfAttention(SelfAttention):
                 raise InputError("attention: rotary positions need the plan that the rows are of, but this pass "
                                  "doesn't say which")
             place = self.places(ctx.plan, rows)
-            cos, sin = rotation(place, width)
+            cos, sin = rotation(place, width, self.theta)
             # The rows are kept with it, so that their ids stay theirs.
             ctx.scratch[key] = cos[:, None], sin[:, None], rows.step, rows.cell
         cos, sin, *_ = ctx.scratch[key]
@@ -131,23 +133,35 @@ class RotarySelfAttention(SelfAttention):
 
 class TextAttention(nn.Module):
     """Attention of all rows to the text, softmax(q k^T / sqrt(E)) v; keys have no bias. Keys and values are made once a
-    run."""
+    run.
 
-    def __init__(self, width: int, heads: int):
+    text_width: of the text's tokens, where it is not ``width``; unit: queries and keys of length 1, times a learned
+    scale a head instead of 1 / sqrt(E). x may be that of the leading rows of the batch alone.
+    """
+
+    def __init__(self, width: int, heads: int, text_width: int = 0, unit: bool = False):
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.kv = nn.Linear(text_width or width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.projection = nn.Linear(width, width)
+        self.scale_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0))) if unit else None
 
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
         text: TextRows = rows.cond
-        k, v = ctx.once(f"{address}.text", lambda: key_value_heads(self.kv(text.tokens), self.v_bias, self.heads))
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = attention(q, k, v, text.valid[:, None, None])
+        k, v = ctx.once(f"{address}.text", lambda: self.keys_values(text))
+        q, scale = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), None
+        if self.scale_1H11 is not None:
+            gain = self.scale_1H11.clamp_max(math.log(100.0)).exp()
+            q, scale = F.normalize(q, dim=-1) * gain.to(q.dtype), 1.0
+        out = attention(q, k[:len(q)], v[:len(q)], text.valid[:len(q), None, None], scale)
         found: Tensor = self.projection(out.transpose(1, 2).flatten(2))
         return found
+
+    def keys_values(self, text: TextRows) -> tuple[Tensor, Tensor]:
+        k, v = key_value_heads(self.kv(text.tokens), self.v_bias, self.heads)
+        return k if self.scale_1H11 is None else F.normalize(k, dim=-1), v
 
 
 class InfinityBlock(Block):
@@ -185,9 +199,10 @@ class InfinityGenerator(VARGenerator):
         return found
 
     def check_plan(self, plan: Plan) -> None:
-        if len(plan) > self.config.levels:
-            raise InputError(f"{self.name}: a schedule of {len(plan)} scales is longer than the {self.config.levels} "
-                             "levels that the model has")
+        levels = self.level.num_embeddings
+        if len(plan) > levels:
+            raise InputError(f"{self.name}: a schedule of {len(plan)} scales is longer than the {levels} levels that "
+                             "the model has")
         if plan.steps[0].rows != 1:
             raise InputError(f"{self.name}: a schedule starts with one cell, not {plan.steps[0].grid}")
 
@@ -203,8 +218,9 @@ class InfinityGenerator(VARGenerator):
     def products(self, plan: Plan, pictures: int) -> list[Product]:
         config, c, depth = self.config, self.config.width, self.config.depth
         rows, width, text = pictures * plan.length, c // config.heads, config.longest_text
+        of_text = self.blocks[0].text.kv.in_features  # type: ignore[union-attr]
         return [*super().products(plan, pictures), (rows, c, c, 2 * depth, 1, 1.0),
-                (pictures * text, c, 2 * c, depth, 1, 1.0),
+                (pictures * text, of_text, 2 * c, depth, 1, 1.0),
                 (plan.length, width, text, depth, pictures * config.heads, 1.0),
                 (plan.length, text, width, depth, pictures * config.heads, 1.0)]
 

@@ -86,7 +86,8 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """x += gate1 attention(norm(x)); x += gate2 MLP(norm(x)), norms modulated by the condition.
 
-    modulations: gates, scales and shifts together, in this order.
+    modulations: gates, scales and shifts together, in this order; 0 for a block whose condition does not steer them,
+    which has a ``forward`` of its own, in a network whose last norm is its head's.
     """
 
     modulations = 6
@@ -97,6 +98,8 @@ class Block(nn.Module):
         self.attention = self.attention_type(config)
         self.mlp = MLP(config.width, config.mlp_ratio)
         self.drop = drop
+        if not self.modulations:
+            return
         if config.shared_modulation:
             self.modulation_offset = nn.Parameter(torch.zeros(1, 1, self.modulations, config.width))
         else:
@@ -149,7 +152,8 @@ class VARGenerator(nn.Module):
         self.shared_modulation = Modulation(c, c, self.block.modulations) if config.shared_modulation else None
         drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(self.block(config, drop) for drop in drops)
-        self.head_modulation = Modulation(c, c, 2)
+        if self.block.modulations:
+            self.head_modulation = Modulation(c, c, 2)
 
     def add_positions(self) -> None:
         """Make what tells rows where they are: a learned row a position, and one a level."""
@@ -220,10 +224,12 @@ class VARGenerator(nn.Module):
         return Call(self.embed(run.plan, run.reads, cond, first, last), rows, predicts, run.reads[first:last])
 
     def forward(self, call: Call, ctx: Context) -> Tensor:
-        """Hidden states (R, L, C) of all rows, normalised and modulated for the head."""
+        """Hidden states (R, L, C) of all rows, normalised and modulated for the head where norms are modulated."""
         call = ctx.enter(call)
         rows = call.rows
         x = self._through(self.blocks, call.x, rows, ctx, self.name, self._shared(rows, ctx))
+        if not self.block.modulations:
+            return x
         scale, shift = ctx.once(f"{self.name}.head_modulation",
                                 lambda: tuple(self.head_modulation(self.vector(rows.cond)).unbind(2)))
         return modulated_norm(x, scale, shift)
@@ -241,15 +247,15 @@ class VARGenerator(nn.Module):
         """The matrix products of a training pass over a plan; attention's by what the visibility shows."""
         config, c = self.config, self.config.width
         rows, inner, depth = pictures * plan.length, round(c * config.mlp_ratio), config.depth
-        modulations = 1 if config.shared_modulation else depth
+        count, parts = 1 if config.shared_modulation else depth, self.block.modulations
+        modulation = [(pictures, c, parts * c, count, 1, 1.0), (pictures, c, 2 * c, 1, 1, 1.0)] if parts else []
         shown, batch, width = plan.pairs / plan.length**2, pictures * config.heads, c // config.heads
-        parts = [(step.rows, 1.0) for step in plan] if plan.visible.previous == 0 else [(plan.length, shown)]
-        attention = [product for n, share in parts for product in ((n, width, n, depth, batch, share),
+        pieces = [(step.rows, 1.0) for step in plan] if plan.visible.previous == 0 else [(plan.length, shown)]
+        attention = [product for n, share in pieces for product in ((n, width, n, depth, batch, share),
                                                                    (n, n, width, depth, batch, share))]
         return [(rows, c, 3 * c, depth, 1, 1.0), (rows, c, c, depth, 1, 1.0),
                 (rows, c, inner, depth, 1, 1.0), (rows, inner, c, depth, 1, 1.0), *attention,
-                (rows, self.word.in_features, c, 1, 1, 1.0),
-                (pictures, c, self.block.modulations * c, modulations, 1, 1.0), (pictures, c, 2 * c, 1, 1, 1.0)]
+                (rows, self.word.in_features, c, 1, 1, 1.0), *modulation]
 
     def _shared(self, rows: Rows, ctx: Context) -> Tensor | None:
         """The modulation that all blocks share, where they do."""
