@@ -247,7 +247,7 @@ class Infinity(TextConditionalSystem):
         quantiser = self.tokenizer.quantiser
         with torch.no_grad():
             canvas = Canvas.empty(self.plan, quantiser, len(tokens[0]), self.device)
-            correct = self.training and self.config.correction.strength > 0
+            correct = self.generator.training and self.config.correction.strength > 0
             if correct and latent is None and len(tokens) < len(self.plan):
                 raise InputError("self-correction: the first scales alone don't say what the whole latent is; cache "
                                  "latents beside the tokens, or train all scales")
