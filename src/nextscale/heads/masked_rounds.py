@@ -38,6 +38,9 @@ class MaskedRoundsHead(nn.Module):
                      filters: Sequence[Filter] = ()) -> Tensor:
         return self.next.distribution(outputs, at, guidance, filters)
 
+    def log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return self.next.log_prob(logits, tokens)
+
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:
         """All tokens of a step at once, by the next-scale module."""
