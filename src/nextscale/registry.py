@@ -80,6 +80,8 @@ _PUBLISHED |= dict.fromkeys(("scalar-d12", "scalar-d16", "scalar-d20", "scalar-d
 _PUBLISHED |= dict.fromkeys([f"infinity-{size}{budget}" for size in ("2b", "8b")
                              for budget in ("", "-0.06M", "-0.25M", "-0.60M")],
                             "nextscale.systems.infinity:preset_config")
+_PUBLISHED |= dict.fromkeys(("star-256-d16", "star-256-d30", "star-512-d30", "star-1024-d30", "star-1024-d30-base"),
+                            "nextscale.systems.star:preset_config")
 # Sizes of papers that came without weights.
 _UNRELEASED = dict.fromkeys(("nfig-310m", "nfig-600m"), "nextscale.systems.nfig:preset_config")
 _UNRELEASED |= dict.fromkeys(("infinity-125m", "infinity-361m", "infinity-940m", "infinity-2.2b", "infinity-4.7b",

@@ -1,6 +1,7 @@
 """Text as a condition: what a network takes of a text encoder's features, and the branches of a guidance by text."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -56,18 +57,21 @@ class TextCondition:
     where they are given, else what the system takes for none. What a name has behind a slash is about something else.
 
     prompts: the projection is a module, whose weights may change between runs; features hold one prompt a picture.
+    nothing: gives the features that mean no prompt, in the place of others, where it isn't the projection that does.
     """
 
     projection: TextProjection
     features: TextFeatures
     negative: TextFeatures | None = None
+    nothing: Callable[[TextFeatures], TextFeatures] | None = None
 
     def branch(self, name: str) -> TextRows:
         name = name.partition("/")[0]
         if name == "conditional":
             return self.projection(self.features)
         if name == "unconditional":
-            return self.projection(self.projection.nothing(self.features) if self.negative is None else self.negative)
+            nothing = self.nothing or self.projection.nothing
+            return self.projection(nothing(self.features) if self.negative is None else self.negative)
         raise InputError(f"text has no branch {name!r}; it has conditional and unconditional")
 
     def gather(self, items: Tensor) -> TextCondition:
@@ -102,6 +106,30 @@ def key_value_heads(kv_BTC: Tensor, v_bias: Tensor, heads: int) -> tuple[Tensor,
     k, v = kv_BTC.chunk(2, -1)
     k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (k, v + v_bias.to(v.dtype)))
     return k, v
+
+
+class PlainText(nn.Module):
+    """Text as its encoder gives it: tokens and the pooled vector, their mean where there is none. It has no weights.
+
+    Features (B, T, W), pooled (B, P). What is no prompt hangs on the encoder: it is the empty prompt.
+    """
+
+    def __init__(self, text_width: int, vector_width: int):
+        super().__init__()
+        self.text_width, self.vector_width = text_width, vector_width
+
+    def forward(self, features: TextFeatures) -> TextRows:
+        vector = features.pooled
+        if vector is None:
+            vector = (features.values * features.valid[..., None]).sum(1) / features.valid.sum(1, keepdim=True)
+        found = features.values.shape[-1], vector.shape[-1]
+        if found != (self.text_width, self.vector_width):
+            raise InputError(f"text: its features are {found[0]} wide and the pooled ones {found[1]}, this model takes "
+                             f"{self.text_width} and {self.vector_width}; use the text encoder it was trained with")
+        return TextRows(vector, features.values, features.valid)
+
+    def nothing(self, features: TextFeatures) -> TextFeatures:
+        raise InputError("text: what no prompt is hangs on the text encoder; give features of the empty prompt")
 
 
 class PooledText(nn.Module):

@@ -27,7 +27,7 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.values)
 
-    def gather(self, items: Tensor | slice) -> TextFeatures:
+    def gather(self, items: Tensor | slice | list[int]) -> TextFeatures:
         """The features of the prompts ``items``."""
         return TextFeatures(self.values[items], self.valid[items], None if self.pooled is None else self.pooled[items])
 
@@ -37,6 +37,16 @@ class TextFeatures:
         if more < 0:
             raise InputError(f"text: prompts of {self.valid.shape[1]} tokens don't fit {length}")
         return replace(self, values=F.pad(self.values, (0, 0, 0, more)), valid=F.pad(self.valid, (0, more)))
+
+    def replaced(self, others: TextFeatures, at_B: Tensor) -> TextFeatures:
+        """These features, those of ``others`` where ``at_B`` (B,) is true, padded to the longer of the two."""
+        length = max(self.valid.shape[1], others.valid.shape[1])
+        ours, theirs = self.padded(length), others.padded(length)
+        pooled = None
+        if ours.pooled is not None and theirs.pooled is not None:
+            pooled = torch.where(at_B[:, None], theirs.pooled, ours.pooled)
+        return TextFeatures(torch.where(at_B[:, None, None], theirs.values, ours.values),
+                            torch.where(at_B[:, None], theirs.valid, ours.valid), pooled)
 
     def to(self, device: torch.device | str) -> TextFeatures:
         pooled = None if self.pooled is None else self.pooled.to(device)

@@ -218,7 +218,8 @@ class InfinityGenerator(VARGenerator):
     def products(self, plan: Plan, pictures: int) -> list[Product]:
         config, c, depth = self.config, self.config.width, self.config.depth
         rows, width, text = pictures * plan.length, c // config.heads, config.longest_text
-        of_text = self.blocks[0].text.kv.in_features  # type: ignore[union-attr]
+        block: Any = self.blocks[0]
+        of_text = block.text.kv.in_features
         return [*super().products(plan, pictures), (rows, c, c, 2 * depth, 1, 1.0),
                 (pictures * text, of_text, 2 * c, depth, 1, 1.0),
                 (plan.length, width, text, depth, pictures * config.heads, 1.0),

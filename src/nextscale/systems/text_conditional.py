@@ -84,17 +84,22 @@ class TextConditionalSystem(System):
                 raise InputError(f"prompt {prompt!r} is no text")
         return PromptRows(tuple(prompts), self.features(prompts))
 
-    def prompts(self, prompts: Prompts, negative: Sequence[str] | str | None = None,
+    def prompts(self, prompts: Prompts, negative: Sequence[str] | str | TextFeatures | None = None,
                 count: int | None = None) -> PromptRows:
-        """Prompts with what they are led away from: one negative prompt for all, or one a picture. ``generate``,
-        ``stream`` and ``edit`` take such rows in the place of prompts."""
+        """Prompts with what they are led away from: one negative prompt for all, or one a picture, or their features.
+        ``generate``, ``stream`` and ``edit`` take such rows in the place of prompts."""
         rows = self.label_rows(prompts, count)
         if negative is None:
             return rows
-        away = [negative] * len(rows) if isinstance(negative, str) else list(negative)
+        if isinstance(negative, TextFeatures):
+            several = negative.to(self.device)
+            away: Any = several.gather([0] * len(rows)) if len(several) == 1 else several
+        else:
+            away = [negative] * len(rows) if isinstance(negative, str) else list(negative)
         if len(away) != len(rows):
             raise InputError(f"{len(away)} negative prompts were given for {len(rows)} pictures; give one, or one each")
-        return PromptRows(rows.prompts, rows.features, self.features(away))
+        features = away if isinstance(away, TextFeatures) else self.features(away)
+        return PromptRows(rows.prompts, rows.features, features)
 
     @classmethod
     def takes(cls, config: Any) -> dict[str, bool]:
