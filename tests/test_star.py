@@ -212,6 +212,21 @@ def test_a_picture_hangs_on_its_own_prompt_alone() -> None:
         assert not all(torch.equal(a, b) for a, b in zip(alone.tokens, other.tokens, strict=True))
 
 
+def test_a_gathered_run_goes_on_as_its_pictures_would_in_either_precision() -> None:
+    for precision in ("fp32", "bf16"):
+        system = tiny().to_precision(precision)
+        guidance, head = ClassifierFree(3.0), InStableRounds(system.head, ROUNDS)
+        model = type("Model", (), {"generator": system.generator, "head": head})()
+        run = system.start(system.label_rows(PROMPTS), guidance, Keyed.from_seeds([0, 1]))
+        with torch.no_grad():
+            steps = sample_steps(model, run, guidance)
+            next(steps), next(steps)
+            child = run.gather([1, 0])
+            for rest in (steps, sample_steps(model, child, guidance)):
+                assert len(list(rest)) == 2
+        assert all(torch.equal(a[[1, 0]], b) for a, b in zip(run.tokens, child.tokens, strict=True))
+
+
 def test_the_published_broadcast_is_the_intended_form_without_guidance_and_guides_by_the_start_alone() -> None:
     plain, quirk = tiny(), tiny(broadcast_first=True)
     drawn = [system.generate("sun", seed=2, output="torch", guidance_scale=1.0) for system in (plain, quirk)]
