@@ -33,7 +33,7 @@ from nextscale.errors import NextscaleError
 from nextscale.evaluation.bench.machine import cpu_name, median_time
 from nextscale.generators.var import Block, VARGenerator
 from nextscale.heads.categorical import CategoricalHead
-from nextscale.layers.resize import ResizeRule
+from nextscale.layers.resize import ResizeRule, resize
 from nextscale.noise import Keyed
 from nextscale.plan import Plan, Step, grid_cells
 from nextscale.run import Run
@@ -66,6 +66,9 @@ class LastToken(nn.Module):
 
     def accumulate(self, value: Tensor, contribution: Tensor) -> Tensor:
         return contribution
+
+    def resize(self, map_BCHW: Tensor, grid: tuple[int, int], rule: ResizeRule) -> Tensor:
+        return resize(map_BCHW, grid, rule)
 
 
 class TokenModel(nn.Module):

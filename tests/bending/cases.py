@@ -37,7 +37,7 @@ from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 
 SCALES = ((1, 1), (2, 2), (3, 3), (4, 4))
-WIDE = ((1, 1), (1, 2), (2, 3), (3, 5))
+WIDE = ((1, 1), (2, 2), (3, 4), (3, 5))  # a scale that repeats rows would leave pruning to chance
 CLASSES, VOCABULARY = (5, 3), 24
 BODY = VARGeneratorConfig(depth=2, width=32, heads=4)
 SEEDS, LABELS = (11, 12, 13), ((0, 2), (3, 0), (4, 1))

@@ -48,6 +48,7 @@ class Average:
 
 
 def _own(parameter: nn.Parameter) -> Tensor:
-    """The values of a parameter, of a sharded one those that are here; the average is sharded alike."""
-    data = parameter.data
+    """The values of a parameter, of a sharded one those that are here; the average is sharded alike. A change of them
+    counts as one of the parameter's, which layers that keep another form of it (``layers.kept``) ask for."""
+    data = parameter.detach()
     return data.to_local() if isinstance(data, DTensor) else data
