@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nextscale.heads.categorical import Evaluate, Filter, Guidance, token_log_prob
+from nextscale.heads.categorical import Evaluate, Filter, Guidance, LogitsHead, token_log_prob
 from nextscale.noise import Noise, Recorded, inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
 
-class BitwiseHead(nn.Linear):
+class BitwiseHead(LogitsHead):
     """A linear layer to two logits a bit, (..., d, 2), which leave it in float32. Channels 2j and 2j + 1 are bit j's.
 
     reduction: whether a position's loss is the mean or the sum over its bits.
@@ -23,31 +23,19 @@ class BitwiseHead(nn.Linear):
         super().__init__(width, 2 * bits)
         self.bits, self.reduction = bits, reduction
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden).float().unflatten(-1, (self.bits, 2))
+    def forward(self, hidden: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        return super().forward(hidden, bias, gelu).float().unflatten(-1, (self.bits, 2))
 
     def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every position in nats, over its bits (B, L, d), and the share of bits that are right, both
         (B, L) float32."""
-        logits = BitwiseHead.forward(self, hidden)
+        logits = self(hidden)
         margin = logits[..., 1] - logits[..., 0]
         wanted = target.to(margin.dtype)
         entropy = F.binary_cross_entropy_with_logits(
             margin, wanted * (1 - label_smoothing) + label_smoothing / 2, reduction="none")
         right = ((margin > 0) == (wanted > 0.5)).float().mean(-1)
         return entropy.mean(-1) if self.reduction == "mean" else entropy.sum(-1), right
-
-    def outputs(self, hidden: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
-        """The logits of every branch, (B, L, d, 2), from hidden states of all of them, branch-major."""
-        return dict(zip(branches, self(hidden).chunk(len(branches)), strict=True))
-
-    def distribution(self, outputs: dict[str, Tensor], at: At, guidance: Guidance,
-                     filters: Sequence[Filter] = ()) -> Tensor:
-        """Guided and filtered logits (B, L, d, 2): what bits are drawn from and scored under."""
-        logits = guidance(outputs, at)
-        for narrow in filters:
-            logits = narrow(logits, at)
-        return logits
 
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:

@@ -18,7 +18,23 @@ Guidance = Callable[[dict[str, Tensor], At], Tensor]
 Filter = Callable[[Tensor, At], Tensor]
 
 
-class CategoricalHead(Linear):
+class LogitsHead(Linear):
+    """A linear layer to logits, one row a position: what heads share that draw from a distribution."""
+
+    def outputs(self, hidden: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
+        """The logits of every branch, (B, L, ..., V), from hidden states of all of them, branch-major."""
+        return dict(zip(branches, self(hidden).chunk(len(branches)), strict=True))
+
+    def distribution(self, outputs: dict[str, Tensor], at: At, guidance: Guidance,
+                     filters: Sequence[Filter] = ()) -> Tensor:
+        """Guided and filtered logits (B, L, ..., V): what tokens are drawn from and scored under."""
+        logits = guidance(outputs, at)
+        for narrow in filters:
+            logits = narrow(logits, at)
+        return logits
+
+
+class CategoricalHead(LogitsHead):
     """A linear layer to logits (.., V), which leave it in float32.
 
     soft: None, or what turns guided logits into code vectors that are written instead of the sampled codes (VAR's
@@ -38,18 +54,6 @@ class CategoricalHead(Linear):
         else:
             entropy, right = cross_entropy(self(rows), targets, label_smoothing)
         return entropy.view(target.shape), right.view(target.shape)
-
-    def outputs(self, hidden: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
-        """The logits of every branch, (B, L, V), from hidden states of all of them, branch-major."""
-        return dict(zip(branches, self(hidden).chunk(len(branches)), strict=True))
-
-    def distribution(self, outputs: dict[str, Tensor], at: At, guidance: Guidance,
-                     filters: Sequence[Filter] = ()) -> Tensor:
-        """Guided and filtered logits (B, L, V): what tokens are drawn from and scored under."""
-        logits = guidance(outputs, at)
-        for narrow in filters:
-            logits = narrow(logits, at)
-        return logits
 
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:

@@ -9,7 +9,7 @@ from unittest import mock
 from torch import Tensor, nn
 
 from nextscale.context import Context
-from nextscale.heads.categorical import CategoricalHead
+from nextscale.heads.categorical import LogitsHead
 from nextscale.run import Run
 
 PHASES = ("embedding", "attention", "scan", "mlp", "network", "head", "sampling", "canvas", "decode", "other")
@@ -94,5 +94,5 @@ def recorded_baseline(baseline: nn.Module, recorder: Recorder) -> Iterator[None]
 def head_networks(head: nn.Module) -> list[nn.Module]:
     """The output layers of a head, or the networks that it has of its own (a flow, a diffusion), called ``network``."""
     found = [module for name, module in head.named_modules()
-             if isinstance(module, CategoricalHead) or name.split(".")[-1] == "network"]
+             if isinstance(module, LogitsHead) or name.split(".")[-1] == "network"]
     return found or [head]
