@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import nextscale
 from nextscale import hub
 from nextscale.data import Loader, PictureDataset, ShuffledOrder, open_dataset
+from nextscale.data.emoji_captions import STYLE_WORDS
 from nextscale.data.emoji_set import STYLES, emoji_set_path
 from nextscale.evaluation.classifier import whole_set
 from nextscale.evaluation.text_agreement import draw_others, rank_phrases
@@ -40,9 +41,6 @@ from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = 384  # phrases of other pictures, beside a batch's own
-#: What styles are called in phrases, and in other words.
-STYLE_WORDS = {"noto": ("noto", "shaded"), "twemoji": ("twemoji", "cartoon"), "fluent-flat": ("flat", "fluent flat"),
-               "fluent-color": ("gradient", "fluent color"), "fluent-3d": ("3d", "rendered 3d")}
 
 
 @dataclass(frozen=True)

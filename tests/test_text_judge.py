@@ -17,6 +17,7 @@ from tiny import emoji, fill
 from torch import Tensor
 
 from nextscale import hub
+from nextscale.conditions.text_words import hashed_grams
 from nextscale.errors import InputError, WeightsError
 from nextscale.evaluation.text_agreement import (
     clip_score,
@@ -33,7 +34,6 @@ from nextscale.evaluation.text_judge import (
     load_text_judge,
     open_text_judge,
     save_text_judge,
-    word_buckets,
     words_of,
 )
 
@@ -192,9 +192,9 @@ def test_phrases_are_read_as_words_without_case_or_form_of_unicode() -> None:
     apart = made.phrases(["red apple", "green apple", "", "☃"])
     assert (apart[0] - apart[1]).norm() > 0.05 and torch.equal(apart[2], apart[3]) and apart.isfinite().all()
     # A word shares n-grams with its relatives: what was learned of one helps the other (fastText).
-    grams = [set(word_buckets(word, 1 << 20, 3, 5)) for word in ("welder", "welders", "onion")]
+    grams = [set(hashed_grams(word, 1 << 20)) for word in ("welder", "welders", "onion")]
     assert len(grams[0] & grams[1]) > 8 and not grams[0] & grams[2]
-    assert word_buckets("cat", 3072, 3, 5) == (76, 2751, 1593, 348, 1960, 3007)
+    assert set(hashed_grams("cat", 3072)) == {76, 2751, 1593, 348, 1960, 3007}
 
 
 def test_a_phrase_and_a_picture_have_the_same_vector_in_any_batch() -> None:

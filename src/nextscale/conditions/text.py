@@ -13,7 +13,6 @@ from nextscale.conditions.text_features import TextFeatures
 from nextscale.errors import InputError
 from nextscale.layers.attention import attention
 from nextscale.layers.norms import RMSNorm
-from nextscale.parallel import rand_pictures
 
 
 class TextRows(NamedTuple):
@@ -156,13 +155,7 @@ class PooledText(nn.Module):
     def nothing(self, features: TextFeatures) -> TextFeatures:
         self.check(features)
         null_BTW = self.null[:features.valid.shape[1]].expand(len(features), -1, -1)
-        return replace(features, values=null_BTW)
-
-    def drop(self, features: TextFeatures, share: float) -> TextFeatures:
-        """Features for training with guidance: some prompts become nothing, by ``rand_pictures``."""
-        gone_B = rand_pictures(len(features), device=features.values.device) < share
-        nothing = self.nothing(features).values.to(features.values.dtype)
-        return replace(features, values=torch.where(gone_B[:, None, None], nothing, features.values))
+        return replace(features, values=null_BTW.to(features.values.dtype))
 
     def check(self, features: TextFeatures) -> None:
         """Raises InputError where features are not what the weights are for."""

@@ -167,6 +167,14 @@ def words(prompt: str) -> Iterator[str]:
 @lru_cache(maxsize=1 << 16)
 def _pieces(word: str, buckets: int) -> np.ndarray:
     """Rows of a word and of its n-grams, 1 to ``buckets``."""
+    return np.array([row + 1 for row in hashed_grams(word, buckets)])
+
+
+@lru_cache(maxsize=1 << 16)
+def hashed_grams(word: str, buckets: int, shortest: int = 3, longest: int = 5) -> tuple[int, ...]:
+    """Rows, 0 to ``buckets - 1``, of a word between boundary marks and of its character n-grams (fastText, arXiv
+    1607.04606, section 3.2), each once, by their CRC-32: no list of words is needed."""
     marked = f"<{word}>"
-    grams = {marked: None, **{marked[i : i + n]: None for n in (3, 4, 5) for i in range(len(marked) - n + 1)}}
-    return np.array([zlib.crc32(gram.encode()) % buckets + 1 for gram in grams])
+    grams = {marked: None, **{marked[i : i + n]: None for n in range(shortest, longest + 1)
+                              for i in range(len(marked) - n + 1)}}
+    return tuple(zlib.crc32(gram.encode()) % buckets for gram in grams)

@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale import hub
+from nextscale.conditions.text_words import hashed_grams
 from nextscale.configuration import build
 from nextscale.errors import InputError, WeightsError, did_you_mean
 from nextscale.evaluation.features import CLIP, fingerprint, pretrained, short_name
@@ -99,19 +98,6 @@ class TextJudgeConfig:
         return ClassifierConfig(self.patch, self.widths, self.blocks)
 
 
-@lru_cache(maxsize=1 << 16)
-def word_buckets(word: str, buckets: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """Rows of the table that a word is the mean of: itself between ``<`` and ``>``, and its character n-grams.
-
-    Hashed by CRC-32, so that no list of words is needed (fastText, arXiv 1607.04606, section 3.2).
-    """
-    whole = f"<{word}>"
-    found = {whole}
-    for length in range(shortest, longest + 1):
-        found.update(whole[i:i + length] for i in range(len(whole) - length + 1))
-    return tuple(zlib.crc32(gram.encode()) % buckets for gram in sorted(found))
-
-
 def words_of(phrase: str) -> list[str]:
     """Words of a phrase: letters and digits, without case and in one form of Unicode; all else divides them."""
     return _WORD.findall(unicodedata.normalize("NFKC", phrase).casefold())
@@ -178,7 +164,7 @@ class TextJudge(nn.Module):
         for phrase in phrases:
             starts.append(len(rows))
             for word in words_of(phrase):
-                found = word_buckets(word, self.config.buckets, *self.config.grams)
+                found = hashed_grams(word, self.config.buckets, *self.config.grams)
                 rows += found
                 weights += [1 / len(found)] * len(found)
         return Bags(torch.tensor(rows, dtype=torch.int64), torch.tensor(weights), torch.tensor(starts))
