@@ -41,6 +41,7 @@ from nextscale.systems.infinity import (
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.training.generator import GeneratorTask
 
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))
 WIDE = ((1, 1), (1, 2), (2, 3), (3, 5))
@@ -218,6 +219,31 @@ def test_training_learns_to_repair_and_needs_the_whole_latent() -> None:
     with pytest.raises(InputError, match="cache latents"):
         system.loss(tokens[:2], features)
     system.loss(tokens[:2], features, latent=system.tokenizer.latent(picture_of(system, 8)))
+
+
+def test_self_correction_goes_on_behind_a_sample_sheet() -> None:
+    system = tiny()
+    tokens, features = system.encode(picture_of(system, 8)), system.features(["sun"] * 8)
+    latent = system.tokenizer.latent(picture_of(system, 8))
+    system.eval()  # as drawing a sheet leaves the system; the trainer wakes the trained parts alone
+    found = []
+    for part_trains in (False, True):
+        system.generator.train(part_trains)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(system.loss(tokens, features, label_dropout=0.0, latent=latent)[1])
+    assert found[0][0] == found[1][0] and not torch.equal(found[0][1:], found[1][1:])
+
+
+def test_products_of_the_text_decay_and_vectors_do_not() -> None:
+    system = tiny()
+    task = GeneratorTask(system)
+    decayed, plain = ({id(p) for p in group["params"]} for group in task.parameter_groups("main", 0.1))
+    text = system.text
+    body, block = system.generator, system.generator.blocks[0]
+    assert {id(p) for p in (text.expand.weight, text.pool.kv.weight, block.text.query.weight)} <= decayed
+    assert {id(p) for p in (text.null, text.pool.query, text.norm.weight, body.level.weight, body.start,
+                            block.modulation_offset, block.text.v_bias)} <= plain
 
 
 # Guidance

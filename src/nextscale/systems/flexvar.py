@@ -138,10 +138,7 @@ class FlexVAR(ClassConditionalSystem):
 
     def schedule_for(self, size: tuple[int, int]) -> Schedule | None:
         """The model's own scales stretched to a size, the first of them one cell; the published ones at 32x32 cells."""
-        factor = self.config.tokenizer.factor
-        if size[0] % factor or size[1] % factor or min(size) < factor:
-            raise InputError(f"size {size[0]}x{size[1]}: both must be multiples of {factor} pixels")
-        grid = size[0] // factor, size[1] // factor
+        grid = self.grid_of(size)
         if grid == self.plan.grid:
             return None
         if grid == (32, 32):

@@ -130,7 +130,6 @@ class Infinity(TextConditionalSystem):
     config_type = InfinityConfig
     adapter_targets = ("attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection",
                        "mlp.expand", "mlp.contract")
-    undecayed = ("text",)
 
     def __init__(self, config: InfinityConfig):
         super().__init__(config)
@@ -181,10 +180,7 @@ class Infinity(TextConditionalSystem):
     def schedule_for(self, size: tuple[int, int]) -> Schedule | None:
         """The published scales of the nearest aspect ratio whose last grid is that of a size; else the model's own,
         stretched to it. Raises InputError where the tokenizer's factor doesn't divide a size."""
-        factor = self.config.tokenizer.factor
-        if size[0] % factor or size[1] % factor or min(size) < factor:
-            raise InputError(f"size {size[0]}x{size[1]}: both must be multiples of {factor} pixels")
-        grid = size[0] // factor, size[1] // factor
+        grid = self.grid_of(size)
         if grid == self.plan.grid:
             return None
         known = RATIOS[nearest_ratio(size[0] / size[1])]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextscale.canvas import Canvas
-from nextscale.conditions.text import PlainText, TextCondition, TextRows
+from nextscale.conditions.text import PlainText
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_words import WordConfig
 from nextscale.context import Hook
@@ -34,7 +34,7 @@ from nextscale.sampling.generation import Settings
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems.system import Config
-from nextscale.systems.text_conditional import PromptRows, TextConditionalSystem
+from nextscale.systems.text_conditional import TextConditionalSystem
 from nextscale.systems.var import PLANS, squares
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
@@ -121,18 +121,6 @@ class STAR(TextConditionalSystem):
             if self.config.words is None:
                 self._empty = self.encoder, empty
         return empty.gather([0] * len(features))
-
-    def condition(self, rows: PromptRows) -> TextCondition:
-        return TextCondition(self.text, rows.features, rows.negative, self.nothing)
-
-    def dropped(self, rows: Any, label_dropout: float, part_dropout: float) -> TextRows:
-        features = rows if isinstance(rows, TextFeatures) else self.training_features(rows)
-        features = features.to(self.device)
-        if label_dropout:
-            gone_B = rand_pictures(len(features), device=self.device) < label_dropout
-            features = features.replaced(self.nothing(features), gone_B)
-        found: TextRows = self.text(features)
-        return found
 
     # Sampling
 

@@ -407,6 +407,13 @@ class System(nn.Module):
         h, w = self.tokenizer.picture_size
         raise InputError(f"{type(self).__name__} draws {h}x{w} pixels only, not {size[0]}x{size[1]}")
 
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of pictures of a height and width in pixels. Raises InputError where no grid has that size."""
+        factor = self.config.tokenizer.factor
+        if size[0] % factor or size[1] % factor or min(size) < factor:
+            raise InputError(f"size {size[0]}x{size[1]}: both must be multiples of {factor} pixels")
+        return size[0] // factor, size[1] // factor
+
     @torch.no_grad()
     def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
                seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,

@@ -12,6 +12,7 @@ from nextscale.conditions.text_encoders import open_text_encoder
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_words import WordEncoder
 from nextscale.errors import InputError
+from nextscale.parallel import rand_pictures
 from nextscale.sampling.generation import Generation
 from nextscale.systems.system import Config, Schedule, System
 
@@ -132,13 +133,21 @@ class TextConditionalSystem(System):
     def label_names(self, row: str) -> str:
         return row
 
+    def nothing(self, features: TextFeatures) -> TextFeatures:
+        """The features that mean no prompt was given, as many as these."""
+        found: TextFeatures = self.text.nothing(features)
+        return found
+
     def condition(self, rows: PromptRows) -> TextCondition:
-        return TextCondition(self.text, rows.features, rows.negative)
+        return TextCondition(self.text, rows.features, rows.negative, self.nothing)
 
     def dropped(self, rows: Any, label_dropout: float, part_dropout: float) -> TextRows:
-        """Conditions of features, or of captions, some of them dropped."""
-        features = rows if isinstance(rows, TextFeatures) else self.training_features(rows)
-        found: TextRows = self.text(self.text.drop(features, label_dropout))
+        """Conditions of features, or of captions, some of them dropped, by ``rand_pictures``."""
+        features = (rows if isinstance(rows, TextFeatures) else self.training_features(rows)).to(self.device)
+        if label_dropout:
+            gone_B = rand_pictures(len(features), device=self.device) < label_dropout
+            features = features.replaced(self.nothing(features), gone_B)
+        found: TextRows = self.text(features)
         return found
 
     def training_features(self, captions: Sequence[str]) -> TextFeatures:

@@ -18,7 +18,7 @@ from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
 from nextscale.training.utilisation import MatrixProduct, Utilisation
 
 # The published training leaves these out of weight decay, beside biases, embeddings and other vectors.
-NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11", "bias")
+NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11", "bias", "null", "query")
 
 
 class GeneratorTask:
