@@ -251,12 +251,14 @@ def own_settings(given: list[str] | None, system: Any, purpose: str = "pictures"
 
 
 def read_label(text: str, system: Any) -> Any:
-    """A label as the model takes it: ``class`` or ``class/style``, each a name or an index; ``none`` or nothing
-    leaves a kind open.
+    """A label as the model takes it: the text itself where text steers, else ``class`` or ``class/style``, each a name
+    or an index; ``none`` or nothing leaves a kind open.
 
     Raises:
         InputError: unknown names (the nearest is suggested), too many parts.
     """
+    if not hasattr(system.config, "classes"):  # a prompt
+        return text
     kinds = system.config.class_names
     parts = [text] if len(system.config.classes) == 1 or (kinds and text in kinds[0]) else text.split("/")
     found = tuple(None if part in ("", "none") else part for part in map(str.strip, parts))
