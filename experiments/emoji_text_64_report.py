@@ -63,7 +63,11 @@ class Measure:
         self.judge: Any = open_text_judge(options.judge)
         self.classifier = load_classifier("emoji-judge")
         self.captions = Captions.read(Path(emoji_set_path()))
-        self.real = {split: pictures_of(split) for split in SPLITS}
+        self.real: dict[str, tuple[Tensor, Tensor]] = {}
+        for split in SPLITS:
+            pictures, rows = pictures_of(split)
+            some = torch.linspace(0, len(rows) - 1, min(options.most, len(rows))).long()
+            self.real[split] = pictures[some], rows[some]
         self.chosen = {name: value for name in ("guidance_scale", "temperature", "top_k", "top_p")
                        if (value := getattr(options, name)) is not None}
 
@@ -229,6 +233,7 @@ def main() -> None:
     parser.add_argument("--judge", default="emoji-text-judge", help="name or folder")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "emoji-text-64")
     parser.add_argument("--count", type=int, default=2, help="samples a phrase")
+    parser.add_argument("--most", type=int, default=1000, help="phrases of a split; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--temperature", type=float)

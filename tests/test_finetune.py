@@ -295,7 +295,7 @@ def test_the_finished_model_is_base_and_adapters_merged(base: Path, pictures: Pa
     assert run(arguments) == 2  # the folder is there already
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimiser", ["adamw", "adafactor", "muon"])
 def test_a_resumed_run_repeats_the_losses(base: Path, pictures: Path, tmp_path: Path, optimiser: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings: dict[str, Any] = {"train": {"optimiser": optimiser}, "lora": {"dropout": 0.2}}

@@ -21,10 +21,11 @@ class TrainConfig:
         schedule: fall of the learning rate after the warm-up.
         warmup_steps: steps of linear rise.
         final_learning_rate_ratio: learning rate at the end over its peak, in [0, 1].
-        weight_decay: of AdamW, for the groups that the task wants decayed.
+        weight_decay: of AdamW and Muon, for the groups that the task wants decayed.
         betas: of AdamW.
         optimiser: ``adamw``, or ``adafactor`` (arXiv 1804.04235), which keeps a row and a column of second moments a
-            matrix instead of two numbers a weight; its learning rate is relative to the size of the weights.
+            matrix instead of two numbers a weight; its learning rate is relative to the size of the weights. ``muon``:
+            orthogonalised momentum for matrices inside of blocks, AdamW for the rest (``MuonAndAdamW``).
         gradient_clip: largest norm of the gradient; 0 for none.
         ema_decay: of the averaged weights, in [0, 1).
         precision: ``bf16`` (autocast; weights and optimiser stay fp32) or ``fp32``.
@@ -49,7 +50,7 @@ class TrainConfig:
     final_learning_rate_ratio: float = 0.05
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    optimiser: Literal["adamw", "adafactor"] = "adamw"
+    optimiser: Literal["adamw", "adafactor", "muon"] = "adamw"
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -38,6 +38,7 @@ from nextscale.training.config import TrainConfig
 from nextscale.training.distributed import own_rows, settle, spread
 from nextscale.training.ema import Average
 from nextscale.training.journal import Journal, Silence
+from nextscale.training.optimisers import make_optimiser
 from nextscale.training.schedules import learning_rate_scale
 from nextscale.training.task import Batch, BatchSource, Task, TrainingStep
 
@@ -122,10 +123,7 @@ class Trainer:
             for parameter in group["params"]:
                 if parameter not in self._names:
                     raise InputError(f"phase {phase!r} trains a parameter that is in none of the task's modules")
-        if self.config.optimiser == "adafactor":
-            return torch.optim.Adafactor(groups, lr=self.config.learning_rate)
-        fused = self.device.type in ("cuda", "cpu")
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=self.config.betas, fused=fused)
+        return make_optimiser(self.config, groups, self._names, self.device)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         """Every module of the task, its average where it has one: what to sample with, and what to ship.
