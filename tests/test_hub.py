@@ -22,6 +22,11 @@ FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChe
 ENDINGS = st.sampled_from([".safetensors", ".pth", ".pt", ".bin", ".ckpt", ""])
 
 
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+                           max_leaves=8)
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never ask the hub for anything."""
@@ -92,6 +97,108 @@ def test_nested_training_checkpoints_give_their_state_dict(tmp_path: Path) -> No
     assert torch.equal(hub.read_tensors(tmp_path / "ar.pth")["head.bias"], torch.ones(4))
 
 
+# Shards
+
+
+def sharded(folder: Path, ending: str, tensors: dict[str, torch.Tensor], shards: int = 3) -> Path:
+    """Tensors shared out over files, with the index that transformers writes; returns the index."""
+    folder.mkdir()
+    stem = "model" if ending == ".safetensors" else "pytorch_model"
+    files = {name: f"{stem}-{1 + i % shards:05d}-of-{shards:05d}{ending}" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        hub.save_tensors(part, folder / file) if ending == ".safetensors" else torch.save(part, folder / file)
+    index = folder / f"{stem}{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return index
+
+
+TENSORS = {name: torch.arange(float(n + 2)) for n, name in enumerate("abcde")}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_a_folder_of_shards_is_read_whole_or_not_at_all(ending: str, tmp_path: Path) -> None:
+    index = sharded(tmp_path / "w", ending, TENSORS)
+    for where in (tmp_path / "w", index):
+        found = hub.read_tensors(where)
+        assert found.keys() == TENSORS.keys() and all(torch.equal(found[n], t) for n, t in TENSORS.items())
+    second = sorted(index.parent.glob(f"*{ending}"))[1]
+    content = second.read_bytes()
+    second.write_bytes(content[:len(content) // 2])
+    with pytest.raises(WeightsError, match=f"{second.name} can't be read as weights"):
+        hub.read_tensors(index.parent)
+    second.unlink()
+    with pytest.raises(WeightsError, match=f"names {second.name}, which is not beside it; copy all shards"):
+        hub.find_weights(index.parent)
+
+
+def test_code_in_a_shard_never_runs(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "w", ".bin", TENSORS)
+    torch.save({"a": torch.zeros(2), "extra": Payload(tmp_path / "it ran")}, sorted(index.parent.glob("*.bin"))[0])
+    with pytest.raises(WeightsError, match="can't be read as weights"):
+        hub.read_tensors(index)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.bin", "/etc/secret.bin", "sub/secret.bin", "..\\s.bin", "..", "x.py", ""])
+def test_an_index_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "secret.bin")
+    index = sharded(tmp_path / "w", ".bin", TENSORS)
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match="shards are files beside it"):
+        hub.read_tensors(tmp_path / "w")
+
+
+@FUZZ
+@given(value=st.one_of(json_values, st.dictionaries(st.just("weight_map"), json_values)))
+def test_any_index_gives_tensors_or_a_weights_error(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.bin.index.json").write_text(json.dumps(value))
+    with pytest.raises(WeightsError) as caught:
+        hub.read_tensors(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_of_two_models_are_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "w", ".safetensors", TENSORS)
+    first, second, _ = sorted(index.parent.glob("*.safetensors"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(WeightsError, match="which another shard of"):
+        hub.read_tensors(index)
+    hub.save_tensors({"z": torch.zeros(1)}, second)
+    with pytest.raises(WeightsError, match="names b, e, which none of its shards holds"):
+        hub.read_tensors(index)
+    (tmp_path / "w" / "other.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"2 index\.json"):
+        hub.read_tensors(tmp_path / "w")
+
+
+def test_folders_of_the_hub_are_fetched_with_all_their_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    index, asked = sharded(tmp_path / "folder", ".bin", TENSORS), []
+
+    def give(repository: str, file: str, revision: str | None = None) -> str:
+        asked.append((repository, file, revision))
+        if not (tmp_path / file).is_file():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", give)
+    assert hub.find_weights("owner/name/folder@v1") == index
+    assert asked[0] == ("owner/name", "folder/model.safetensors.index.json", "v1") and len(asked) == 5
+    with pytest.raises(WeightsError, match="the hub did not give it"):
+        hub.find_weights("owner/name/other")
+    monkeypatch.undo()
+
+
+def test_averaged_weights_of_a_training_are_preferred(tmp_path: Path) -> None:
+    for averaged in ("model_ema", "gpt_ema_fsdp"):
+        trainer = {"gpt_fsdp": {"head.bias": torch.zeros(4)}, averaged: {"head.bias": torch.ones(4)}}
+        torch.save({"trainer": trainer, "epoch": 3}, tmp_path / "ar.pth")
+        assert torch.equal(hub.read_tensors(tmp_path / "ar.pth")["head.bias"], torch.ones(4))
+
+
 @FUZZ
 @given(content=st.binary(max_size=300), ending=ENDINGS)
 def test_any_bytes_are_tensors_or_a_weights_error(content: bytes, ending: str, tmp_path: Path) -> None:
@@ -118,11 +225,6 @@ def test_damaged_bytes_are_tensors_or_a_weights_error(data: st.DataObject, endin
         hub.read_tensors(damaged)
     except NextscaleError as error:
         assert "\n" not in str(error)
-
-
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
-                           max_leaves=8)
 
 
 @FUZZ

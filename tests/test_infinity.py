@@ -3,7 +3,9 @@ published names."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -41,6 +43,7 @@ from nextscale.systems.infinity import (
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.tokenizers.tokenizer import Tokenizer
 from nextscale.training.generator import GeneratorTask
 
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))
@@ -541,3 +544,76 @@ def test_a_text_model_is_trained_on_captions_and_draws_prompts(tmp_path: Path, m
     again = nextscale.load("run/model")
     drawn = again.generate("a red apple", seed=3, guidance_scale=2.0, ratio=2.0)
     assert len(drawn.images) == 1 and drawn.images[0].width > drawn.images[0].height
+
+
+def published_tokenizer(tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """A bitwise tokenizer's weights under their published names, each convolution and norm wrapped once more."""
+    ends = {"norm_in": "norm1.norm", "conv_in": "conv1.conv", "norm_out": "norm2.norm", "conv_out": "conv2.conv",
+            "shortcut": "nin_shortcut.conv", "input": "conv_in.conv", "norm": "norm_out.norm",
+            "output": "conv_out.conv"}
+    found = {}
+    for name, tensor in tokenizer.state_dict().items():
+        if not name.startswith(("encoder.", "decoder.")):
+            continue
+        side, *path, layer, kind = name.split(".")
+        way = "down" if side == "encoder" else "up"
+        if path[:1] == ["middle"]:
+            middle = f"mid.block_{1 if path[1] == 'block_in' else 2}.{ends[layer]}"
+        elif path[:1] == ["levels"]:
+            middle = f"{way}.{path[1]}." + (f"block.{path[3]}.{ends[layer]}" if path[2] == "blocks"
+                                            else f"{way}sample.conv.conv")
+        else:
+            middle = ends[layer]
+        found[f"{side}.{middle}.{kind}"] = tensor
+    return {**found, "quantizer.lfq.mask": torch.ones(tokenizer.config.latent_width)}
+
+
+def published_network(system: Infinity, chunks: int) -> dict[str, Tensor]:
+    """An Infinity's weights under their published names, by the name map read backwards."""
+    from nextscale.hub import rename
+    from nextscale.systems.infinity import GENERATOR_NAMES
+
+    sizes = system.config.generator
+    inner = round(sizes.width * sizes.mlp_ratio)
+    own = {name: tensor for part in system.transformer_parts
+           for name, tensor in getattr(system, part).state_dict(prefix=f"{part}.").items()}
+    found = {}
+    for theirs in published(sizes.depth, sizes.width, sizes.heads, inner, system.head.bits, chunks):
+        match = re.match(r"block_chunks\.(\d+)\.module\.(\d+)\.(.*)", theirs)
+        in_line = f"blocks.{int(match[1]) * (sizes.depth // chunks) + int(match[2])}.{match[3]}" if match else theirs
+        ours = next(iter(rename({in_line: torch.zeros(1)}, GENERATOR_NAMES)[0]), None)
+        found[theirs] = torch.zeros(3) if ours is None else own[ours]
+    return found
+
+
+@pytest.mark.parametrize("name, patch", [("infinity-2b", 1), ("infinity-8b", 2)])
+def test_released_models_load_by_name_from_files_and_folders_of_shards(
+        name: str, patch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both released layouts, at tiny size: 2b in one file, 8b in a folder of shards, as they are on the hub."""
+    system, settings = tiny(patch=patch, depth=4), preset_config(name).settings
+    config = replace(system.config, settings=settings)
+    monkeypatch.setattr("nextscale.systems.infinity.preset_config", lambda asked: {name: config}[asked])
+    tokenizer, network = {"vae": published_tokenizer(system.tokenizer)}, published_network(system, 2)
+    assert sum(key.startswith("block_chunks.1.module.1.") for key in network) == 21
+    torch.save(tokenizer, tmp_path / "vae.pth")
+    if name == "infinity-2b":
+        weights = tmp_path / "infinity_2b_reg.pth"
+        torch.save(network, weights)
+    else:
+        weights, half = tmp_path / "infinity_8b_weights", len(network) // 2
+        weights.mkdir()
+        files = {}
+        for i, keys in enumerate((list(network)[:half], list(network)[half:])):
+            torch.save({key: network[key].clone() for key in keys}, weights / f"pytorch_model-0000{i}.bin")
+            files |= dict.fromkeys(keys, f"pytorch_model-0000{i}.bin")
+        (weights / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    loaded = nextscale.load(name, tokenizer=str(tmp_path / "vae.pth"), generator=str(weights), device="cpu")
+    for key, value in system.state_dict().items():
+        if not key.startswith("tokenizer.quantiser."):
+            assert torch.equal(value, loaded.state_dict()[key]), key
+    convert = ["convert", name, "--tokenizer", str(tmp_path / "vae.pth"), "--weights", str(weights), "--out"]
+    assert main.run([*convert, str(tmp_path / "model")]) == 0
+    again = nextscale.load(str(tmp_path / "model"), device="cpu")
+    again.encoder = loaded.encoder = LettersEncoder()
+    one, other = (each.generate("sun", seed=4, output="torch") for each in (loaded, again))
+    assert torch.equal(one.images, other.images) and one.settings == settings["pictures"]

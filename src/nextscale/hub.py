@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,46 +34,114 @@ class WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def find_weights(where: str | Path) -> Path:
-    """A local file, or one of a hub repository written ``owner/name/file`` or ``owner/name/folder/file@revision``.
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_INDEX = ".index.json"
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # as they are called on the hub
+_AVERAGED = ("model_ema", "gpt_ema_fsdp")
 
-    Raises WeightsError where neither is there.
+
+def find_weights(where: str | Path) -> Path:
+    """A local file or folder, or one of a hub repository written ``owner/name/file`` or ``owner/name/folder@revision``.
+
+    Of a folder of sharded weights its index, ``*.index.json``, once all shards that it names are there. Raises
+    WeightsError where they aren't, or nothing is there.
     """
     try:
         path = Path(where).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, the home of nobody
         raise WeightsError(f"{str(where)[:80]!r} names no file ({error}); give a path or a hub name") from None
-    if is_file:
-        return path
     if is_folder:
-        raise WeightsError(f"{path} is a folder; name the weights file in it")
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+?\.(?:safetensors|pth|pt|bin|ckpt))(?:@([\w.-]+))?", str(where))
+        indices = sorted(path.glob(f"*{_INDEX}"))
+        if len(indices) != 1:
+            raise WeightsError(f"{path} is a folder with {len(indices) or 'no'} {_INDEX[1:]} of sharded weights; name "
+                               "the weights file or the index in it")
+        path, is_file = indices[0], True
+    if is_file:
+        for shard in shards_of(path) if path.name.endswith(_INDEX) else ():
+            if not shard.is_file():
+                raise WeightsError(f"{path} names {shard.name}, which is not beside it; copy all shards there")
+        return path
+    file = rf"[\w./-]+?(?:{'|'.join(map(re.escape, (*_FILES, _INDEX)))})"
+    match = re.fullmatch(rf"([\w.-]+/[\w.-]+)/({file}|(?:[\w.-]+/)*[\w-]+)(?:@([\w.-]+))?", str(where))
     if match is None or ".." in str(where):
         shown = " ".join(str(where).split())[:200]
         raise WeightsError(f"no weights file at {shown!r}; give a path, or owner/name/file.pth of a hub repository")
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(match[1], match[2], revision=match[3]))
+        return _of_hub(match[1], match[2], match[3])
+    except WeightsError:
+        raise
     except Exception as error:  # the hub has dozens of error types, all of which mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{where}: no such local file, and the hub did not give it ({reason})") from None
 
 
-def read_tensors(where: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weights file by name: .safetensors, or .pth/.pt/.bin/.ckpt with ``weights_only=True``.
+def _of_hub(repository: str, name: str, revision: str | None) -> Path:
+    """A file of a hub repository, or the index of a folder with all of its shards."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    Training checkpoints that nest state dicts give the averaged one (``model_ema``), else the first. Raises
-    WeightsError on truncated or foreign files.
+    if name.endswith(_FILES):
+        return Path(hf_hub_download(repository, name, revision=revision))
+    folder, names = (name.rpartition("/")[0], [name]) if name.endswith(_INDEX) else (
+        name, [f"{name}/{index}" for index in _INDICES])
+    try:
+        index = Path(hf_hub_download(repository, names[0], revision=revision))
+    except EntryNotFoundError:
+        index = Path(hf_hub_download(repository, names[-1], revision=revision))
+    for shard in shards_of(index):
+        hf_hub_download(repository, f"{folder}/{shard.name}".lstrip("/"), revision=revision)
+    return index
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of sharded weights names, whether they are there or not, all beside it.
+
+    Raises WeightsError where it is no index, or names files elsewhere or of another kind.
+    """
+    named = read_json(index).get("weight_map")
+    if not (isinstance(named, dict) and named and all(isinstance(name, str) for name in named.values())):
+        raise WeightsError(f"{index} has no weight_map from tensors to files; it is no index of sharded weights")
+    for name in named.values():
+        if re.fullmatch(r"[\w.-]+", name) is None or not name.endswith(_FILES):
+            raise WeightsError(f"{index} names {name[:80]!r}; shards are files beside it that end in "
+                               f"{', '.join(_FILES)}")
+    return [index.parent / name for name in sorted(set(named.values()))]
+
+
+def read_tensors(where: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights file by name: .safetensors, or .pth/.pt/.bin/.ckpt with ``weights_only=True``; of a
+    folder with an index (``*.index.json``) those of all its shards.
+
+    Training checkpoints that nest state dicts give the averaged one (``model_ema``, ``gpt_ema_fsdp``), else the first.
+    Shards are mapped: their values come into memory where they are used. Raises WeightsError on truncated or foreign
+    files, and where a shard or a tensor that the index names is missing or there twice.
     """
     path = find_weights(where)
+    if not path.name.endswith(_INDEX):
+        return _read_file(path)
+    found: dict[str, Tensor] = {}
+    for shard in shards_of(path):
+        tensors = _read_file(shard, mapped=True)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise WeightsError(f"{shard} holds {twice[0]}, which another shard of {path} holds too; the folder is "
+                               "mixed from two models")
+        found |= tensors
+    if missing := [name for name in read_json(path)["weight_map"] if name not in found]:
+        raise WeightsError(f"{path} names {_some(missing)}, which none of its shards holds; the folder is mixed from "
+                           "two models")
+    return found
+
+
+def _read_file(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of PyTorch before 1.6 are no archives, and can't be mapped.
+        mapped = mapped and zipfile.is_zipfile(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{path} can't be read as weights ({type(error).__name__}: {reason}); "
@@ -89,7 +158,8 @@ def _first_state_dict(value: Any) -> dict[str, Tensor] | None:
     tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
     if tensors:
         return tensors
-    for inner in ([value["model_ema"]] if "model_ema" in value else value.values()):
+    averaged = [value[name] for name in _AVERAGED if name in value]
+    for inner in averaged or value.values():
         found = _first_state_dict(inner)
         if found:
             return found
@@ -185,7 +255,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError where it isn't one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} can't be read as a model's configuration ({error})") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds {type(value).__name__}; a model's configuration is an object")

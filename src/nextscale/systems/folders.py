@@ -15,7 +15,7 @@ from nextscale.errors import InputError, WeightsError, did_you_mean
 from nextscale.registry import import_target, models, resolve, weights_of
 from nextscale.systems.system import Config, System, Transformer
 
-TOKENIZER_STATISTICS = (r"quantiser\.(usage_KV|assigned.*)",)
+TOKENIZER_STATISTICS = (r"quantiser\.(usage_KV|ones_KC|seen_K|assigned.*)",)
 """What published tokenizers may lack: only a training from these weights would want it."""
 
 
