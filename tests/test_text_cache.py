@@ -269,3 +269,10 @@ def test_texts_are_found_by_the_hash_of_encoder_and_text(tmp_path: Path) -> None
     assert cache.key("a dog") == hashlib.sha256(b"frozen\0a dog").digest()
     cache.write(["a dog"], [torch.ones(2, 8)], torch.zeros(1, 8))
     assert cache.missing(["a dog", "a  dog", "A dog", "a dog "]) == ["a  dog", "A dog", "a dog "]
+
+
+def test_pooled_features_are_read_inside_autocast_as_outside(tmp_path: Path) -> None:
+    cached = CachedTextEncoder(Frozen(), tmp_path)
+    outside = cached.encode(["a red apple", "sun"])
+    with torch.autocast("cpu", torch.bfloat16):
+        same(cached.encode(["a red apple", "sun"]), outside)

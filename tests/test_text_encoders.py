@@ -357,6 +357,25 @@ def test_offloading_changes_no_feature_and_leaves_weights_on_the_cpu(
     assert encoder._compute(ids, valid)[0].device.type == "cpu" and encoder.encode(PROMPTS).values.is_meta
 
 
+def test_weights_that_a_small_gpu_has_no_room_for_stay_on_the_cpu(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = T5Encoder(models["t5"], device="meta", offload="auto")
+    size = sum(p.nbytes for p in (*encoder.network.parameters(), *encoder.network.buffers()))
+    ids, valid = encoder.tokenise(PROMPTS[:1])
+    monkeypatch.setattr(text_pretrained, "free_memory", lambda device: 2 * size - 1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert encoder._compute(ids, valid)[0].is_meta and next(encoder.network.parameters()).device.type == "cpu"
+    assert caplog.text.count("its weights stay on the CPU") == 1
+    encoder = T5Encoder(models["t5"], device="meta", offload="auto")
+    monkeypatch.setattr(text_pretrained, "free_memory", lambda device: 2 * size)
+    assert encoder._compute(ids, valid)[0].is_meta and next(encoder.network.parameters()).is_meta
+    encoder.unload()
+    encoder.device = torch.device("cpu")
+    assert encoder.encode(PROMPTS).values.isfinite().all()  # read again
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_offloaded_weights_leave_no_memory_on_the_gpu(models: dict[str, Path]) -> None:
     encoder = T5Encoder(models["t5"], device="cuda", offload="between")

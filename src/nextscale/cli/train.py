@@ -137,6 +137,38 @@ def finetune(
     _train(train_finetune, read_recipe(recipe), changes, out, resume, out / "model")
 
 
+@app.command("retarget")
+def retarget(
+    model: options.Model,
+    out: Out,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="The new text encoder: words, minilm, t5:PLACE, ...",
+                     show_default="the recipe's"),
+    ] = None,
+    recipe: Recipe = "retarget",
+    data: Data = None,
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+    resume: Resume = False,
+    set_: Overrides = None,
+) -> None:
+    """Make a trained text-to-picture model read another text encoder, by distillation; OUT/model/ is the result.
+
+    \b
+    Example:
+      nextscale train retarget --model infinity-2b/ --encoder t5:google/flan-t5-base --data photos/ --out runs/base
+      nextscale generate "a lighthouse at dawn" --model runs/base/model --out out/lighthouse.png
+    """
+    from nextscale.training.recipes import read_recipe
+    from nextscale.training.retarget_recipe import train_retarget
+
+    changes = _changes(data, set_)
+    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights, "text.encoder": encoder}
+    changes.update({key: value for key, value in given.items() if value is not None})
+    _train(train_retarget, read_recipe(recipe), changes, out, resume, out / "model")
+
+
 @app.command("targets")
 def targets(model: options.Model) -> None:
     """List the layers of a model that adapters can go to, by the names that lora.targets takes; * marks the default.

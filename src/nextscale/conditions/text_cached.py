@@ -58,10 +58,12 @@ class CachedTextEncoder:
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts, float32, from the disk where they are there. Raises as the encoder and the cache."""
         prompts = check_prompts(prompts)
-        self.fill(prompts)
-        rows, pooled = self.cache.read(prompts)
-        return TextFeatures.pack([row.float() for row in rows],
-                                 None if pooled is None else pooled.float()).to(self.device)
+        # Features are the same inside a training's autocast, which also refuses to join float16.
+        with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+            self.fill(prompts)
+            rows, pooled = self.cache.read(prompts)
+            return TextFeatures.pack([row.float() for row in rows],
+                                     None if pooled is None else pooled.float()).to(self.device)
 
     def fill(self, prompts: Sequence[str], on_progress: Callable[[int, int], None] | None = None) -> int:
         """Encode the prompts that aren't there, short ones first so that little is padded, and say how many those were.

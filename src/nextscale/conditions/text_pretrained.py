@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_prompts import CutNotice, check_prompts
+from nextscale.devices import free_memory
 from nextscale.errors import InputError, MissingExtraError, WeightsError
 
-Offload = Literal["none", "between", "always"]
+Offload = Literal["none", "between", "always", "auto"]
 """Where weights live when ``device`` is a small GPU: there (``none``), on the CPU except while they encode
-(``between``), or on the CPU where they encode too, so that only features travel (``always``)."""
+(``between``), or on the CPU where they encode too, so that only features travel (``always``). ``auto`` is ``none`` where
+they take at most half of what the device has left when they are loaded, else ``between``."""
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 14
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json",
@@ -86,6 +89,7 @@ class PretrainedTextEncoder:
         key, usual = self.width_key
         self.width = self.pooled_width = int(self._config.get(key, usual))
         self._cut = CutNotice(self.name, self.max_tokens)
+        self._chosen: dict[torch.device, Offload] = {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,6 +147,10 @@ class PretrainedTextEncoder:
 
     _network_options: ClassVar[dict[str, Any]] = {}
 
+    def unload(self) -> None:
+        """Forget the weights; a prompt that comes later loads them again."""
+        self.__dict__.pop("network", None)
+
     def tokenise(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and which of them count, (B, T) each; T: of the longest prompt, at most ``max_tokens``."""
         prompts = check_prompts(prompts)
@@ -177,12 +185,28 @@ class PretrainedTextEncoder:
                              "float32")
         return TextFeatures(values, valid, self._pool(values, valid, pooled)).to(self.device)
 
+    def _offloading(self) -> Offload:
+        """``offload``, decided at the first call on a device."""
+        if self.offload == "auto" and self.device not in self._chosen:
+            self._chosen[self.device] = self._choose()
+        return self._chosen[self.device] if self.offload == "auto" else self.offload
+
+    def _choose(self) -> Offload:
+        free = free_memory(self.device)
+        needed = sum(tensor.nbytes for tensor in (*self.network.parameters(), *self.network.buffers()))
+        if self.device.type == "cpu" or free is None or needed <= free // 2:
+            return "none"
+        logging.getLogger("nextscale").warning(
+            f"text: {self.name} takes {needed / 1e9:.1f} GB and {self.device} has {free / 1e9:.1f} GB left; its weights "
+            "stay on the CPU and are there for the time of a call only")
+        return "between"
+
     def _compute(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
         """Last hidden states, and the network's own pooled vectors, where ``offload`` has them computed."""
-        where = torch.device("cpu") if self.offload == "always" else self.device
+        where = torch.device("cpu") if self._offloading() == "always" else self.device
         # Without padding a mask would only keep attention from its fastest kernel.
         given = {"input_ids": ids.to(where), "attention_mask": None if valid.all() else valid.long().to(where)}
-        if self.offload == "between" and where.type != "cpu":
+        if self._offloading() == "between" and where.type != "cpu":
             # Copies that live as long as the call: the originals stay, so nothing has to be moved back.
             weights = {name: tensor.to(where) for name, tensor in
                        (*self.network.named_parameters(), *self.network.named_buffers())}

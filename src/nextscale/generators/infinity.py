@@ -3,7 +3,7 @@ that are the same for every grid of an aspect ratio."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class InfinityGeneratorConfig(VARGeneratorConfig):
         if self.width % self.heads or self.width // self.heads % 4:
             raise InputError(f"Infinity: {self.heads} heads of width {self.width} don't have a multiple of 4 channels "
                              "each, which rotary positions need")
+
+    def for_text(self, width: int, pooled_width: int, longest: int) -> InfinityGeneratorConfig:
+        """The same transformer for another text encoder's features."""
+        return replace(self, text_width=width, longest_text=longest, pool_heads=self.pooling_heads)
 
     @property
     def pooling_heads(self) -> int:

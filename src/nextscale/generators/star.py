@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class STARGeneratorConfig(VARGeneratorConfig):
         if not 0 <= self.sampler_blocks <= self.depth or self.sampled_from < 1:
             raise InputError(f"STAR: sampler_blocks is {self.sampler_blocks} and sampled_from {self.sampled_from}; "
                              f"they must be 0 to the depth, {self.depth}, and at least 1")
+
+    def for_text(self, width: int, pooled_width: int, longest: int) -> STARGeneratorConfig:
+        """The same transformer for another text encoder's features."""
+        return replace(self, text_width=width, pooled_width=0 if pooled_width == width else pooled_width,
+                       longest_text=longest)
 
     @property
     def vector_width(self) -> int:

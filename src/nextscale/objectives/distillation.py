@@ -1,7 +1,7 @@
 """Distillation: a network learns the distributions of another one on the same true tokens."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,23 +22,29 @@ def divergence(student_BLV: Tensor, teacher_BLV: Tensor, direction: Direction = 
 
 
 def distillation_loss(student: Any, teacher: Any, plan: Plan, tokens: Sequence[Tensor], reads: Sequence[Tensor | None],
-                      conditions: tuple[Tensor, Tensor], step_weights: Sequence[float],
-                      direction: Direction = "student-teacher") -> tuple[Tensor, Tensor, Tensor]:
-    """sum_k w_k sum_(rows of k) KL / sum_k w_k L_k under teacher forcing; the teacher gets no gradient.
+                      conditions: tuple[Any, Any], step_weights: Sequence[float],
+                      direction: Direction = "student-teacher",
+                      further: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
+    """sum_k w_k sum_(rows of k) KL / sum_k w_k L_k under teacher forcing; the teacher gets no gradient. The KL of a
+    row whose token is bits is the mean over them.
 
-    student, teacher: each with a ``generator`` and a ``head``; conditions: theirs, (B, D). Returns the loss, the
-    student's mean cross-entropy of every step (K,) in nats, and the share of rows of every step whose true token no
-    other is likelier than (K,).
+    student, teacher: each with a ``generator`` and a ``head``; conditions: theirs, (B, D), or what else their networks
+    take; further: a loss of both hidden states that is added. Returns the loss, the student's mean cross-entropy of
+    every step (K,) in nats, the share of rows of every step whose true token no other is likelier than (K,), and the
+    mean divergence of every step (K,).
     """
     with torch.no_grad():
-        wanted_BLV = teacher.head(teacher_forced(teacher.generator, plan, reads, conditions[1]))
-    found_BLV = student.head(teacher_forced(student.generator, plan, reads, conditions[0]))
-    apart_BL = divergence(found_BLV, wanted_BLV, direction)
+        taught = teacher_forced(teacher.generator, plan, reads, conditions[1])
+        wanted_BLV = teacher.head(taught)
+    hidden = teacher_forced(student.generator, plan, reads, conditions[0])
+    apart_BL = divergence(student.head(hidden), wanted_BLV, direction)
+    apart_BL = apart_BL.mean(-1) if apart_BL.ndim > 2 else apart_BL
     weight_L = torch.tensor(step_weights, device=apart_BL.device)[plan.step_of_row.to(apart_BL.device)]
     loss = (apart_BL * weight_L).sum() / (len(apart_BL) * weight_L.sum()).clamp_min(1e-12)
+    if further is not None:
+        loss = loss + further(hidden, taught)
     with torch.no_grad():
-        chosen_BL = found_BLV.gather(-1, torch.cat(list(tokens), 1)[..., None])[..., 0]
-        entropy_BL, right_BL = found_BLV.logsumexp(-1) - chosen_BL, (chosen_BL >= found_BLV.amax(-1)).float()
-        by_step, right = (torch.stack([value[:, s.lo:s.hi].mean() for s in plan.spans(0, len(plan))])
-                          for value in (entropy_BL, right_BL))
-    return loss, by_step, right
+        entropy_BL, right_BL = student.head.loss(hidden, torch.cat(list(tokens), 1))
+        by_step, right, apart = (torch.stack([value[:, s.lo:s.hi].mean() for s in plan.spans(0, len(plan))])
+                                 for value in (entropy_BL, right_BL, apart_BL))
+    return loss, by_step, right, apart

@@ -188,8 +188,9 @@ class CollaborativeSystem(VAR):
         weights = [w * (1 - self.progress) if k < drafted else w for k, w in enumerate(weights)]
         with torch.no_grad():
             teacher = self.drafter.labels(labels_Bn)
-        return distillation_loss(self, self.drafter, plan, tokens, reads, (self.labels(labels_Bn), teacher), weights,
-                                 self.config.direction)
+        loss, by_step, right, _ = distillation_loss(self, self.drafter, plan, tokens, reads,
+                                                    (self.labels(labels_Bn), teacher), weights, self.config.direction)
+        return loss, by_step, right
 
     def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
         return []  # a training pass goes through one network or both, and one of them has no gradients

@@ -240,21 +240,23 @@ class Infinity(TextConditionalSystem):
         captions. latent: (B, C, H, W), what the tokens code; None: what they decode to.
         """
         plan = self.plan if len(tokens) == len(self.plan) else replace(self.plan, steps=self.plan.steps[:len(tokens)])
-        quantiser = self.tokenizer.quantiser
-        with torch.no_grad():
-            canvas = Canvas.empty(self.plan, quantiser, len(tokens[0]), self.device)
-            correct = self.generator.training and self.config.correction.strength > 0
-            if correct and latent is None and len(tokens) < len(self.plan):
-                raise InputError("self-correction: the first scales alone don't say what the whole latent is; cache "
-                                 "latents beside the tokens, or train all scales")
-            if correct:
-                whole = pyramid.replay(list(tokens), canvas).canvas.value if latent is None else latent
-                found = corrupted(quantiser, whole, canvas, self.config.correction)
-                tokens, reads = found.tokens[:len(plan)], found.reads[:len(plan)]
-            else:
-                reads = pyramid.replay(list(tokens), canvas).reads
+        tokens, reads = self.forced(tokens, self.generator.training, latent)
         cond = self.dropped(rows, label_dropout, part_dropout)
         return teacher_forcing_loss(self.generator, self.head, plan, tokens, reads, cond, step_weights, label_smoothing)
+
+    def forced(self, tokens: Sequence[Tensor], correct: bool = False,
+               latent: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+        if not (correct and self.config.correction.strength > 0):
+            return super().forced(tokens)
+        if latent is None and len(tokens) < len(self.plan):
+            raise InputError("self-correction: the first scales alone don't say what the whole latent is; cache "
+                             "latents beside the tokens, or train all scales")
+        quantiser, scales = self.tokenizer.quantiser, len(tokens)
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, quantiser, len(tokens[0]), self.device)
+            whole = pyramid.replay(list(tokens), canvas).canvas.value if latent is None else latent
+            found = corrupted(quantiser, whole, canvas, self.config.correction)
+        return found.tokens[:scales], found.reads[:scales]
 
     def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
         plan = replace(self.plan, steps=self.plan.steps[:steps])

@@ -8,15 +8,14 @@ scales may be drawn in rounds by a small network that sees what the rounds befor
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nextscale.canvas import Canvas
-from nextscale.conditions.text import PlainText
+from nextscale.conditions.text import PlainText, TextRows
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_words import WordConfig
 from nextscale.context import Hook
@@ -25,6 +24,7 @@ from nextscale.generators.star import StableSampler, STARGenerator, STARGenerato
 from nextscale.heads.stable_sampling import InStableRounds, StableSamplingHead, known_share
 from nextscale.hub import NameMap
 from nextscale.layers.norms import layer_norm
+from nextscale.objectives.distillation import Direction, divergence
 from nextscale.objectives.teacher_forcing import teacher_forced
 from nextscale.objectives.token_dropping import TokenDropping, by_step, token_dropping_loss
 from nextscale.parallel import rand_pictures
@@ -36,7 +36,6 @@ from nextscale.sampling.steps import sample_steps
 from nextscale.systems.system import Config
 from nextscale.systems.text_conditional import TextConditionalSystem
 from nextscale.systems.var import PLANS, squares
-from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
 
@@ -91,6 +90,8 @@ class STAR(TextConditionalSystem):
 
     config_type = STARConfig
     parts = ("base", "sampler")
+    text_front = ("generator.pooled.*", "generator.blocks.*.text.kv.*", "generator.blocks.*.text.v_bias",
+                  "head.sampler.pooled.*")
     adapter_targets = ("attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection",
                        "mlp.expand", "mlp.contract")
 
@@ -188,25 +189,50 @@ class STAR(TextConditionalSystem):
             raise InputError(f"sampler: it draws scales from index {first} on, but {len(tokens)} are given; set "
                              "generator.sampled_from")
         plan = replace(self.plan, steps=self.plan.steps[:len(tokens)])
-        span = plan.span(first, len(plan))
         with torch.no_grad():
             cond = self.dropped(rows, label_dropout, part_dropout)
-            hidden = teacher_forced(self.generator, plan, self.inputs(tokens), cond)[:, span]
-            target = torch.cat(list(tokens), 1)[:, span]
+            hidden = teacher_forced(self.generator, plan, self.inputs(tokens), cond)
+            target = torch.cat(list(tokens), 1)[:, plan.span(first, len(plan))]
             if known_BL is None:
-                share_B1 = known_share(rand_pictures(len(target), 1, device=self.device))
-                known_BL = rand_pictures(*target.shape, device=self.device) < share_B1
-            codes = self.tokenizer.quantiser.embed(target) * known_BL[..., None]
+                known_BL = self.shown(target)
+        entropy, right = self.head.again.loss(self.sampler_hidden(plan, hidden, cond, target, known_BL), target,
+                                              label_smoothing)
+        return by_step(plan, plan.step_of_row[plan.span(first, len(plan))].to(self.device), entropy, right,
+                       step_weights, ~known_BL)
+
+    def shown(self, target_BL: Tensor) -> Tensor:
+        """Which tokens of the scales that the sampler draws it is shown in training, by chance."""
+        share_B1 = known_share(rand_pictures(len(target_BL), 1, device=self.device))
+        return rand_pictures(*target_BL.shape, device=self.device) < share_B1
+
+    def sampler_hidden(self, plan: Plan, hidden: Tensor, cond: TextRows, target_BL: Tensor, known_BL: Tensor) -> Tensor:
+        """Hidden states, normalised, of the sampler at all scales that it draws, given those of all rows and some of
+        the tokens."""
+        span = plan.span(self.config.generator.sampled_from, len(plan))
+        codes = self.tokenizer.quantiser.embed(target_BL) * known_BL[..., None]
         cell, step = (tags[:, span] for tags in places(plan, self.device))
-        x = self.head.sampler(plan, codes, hidden, cond, cell, step, apart=True)
-        entropy, right = self.head.again.loss(layer_norm(x), target, label_smoothing)
-        return by_step(plan, step[0], entropy, right, step_weights, ~known_BL)
+        return layer_norm(self.head.sampler(plan, codes, hidden[:, span], cond, cell, step, apart=True))
+
+    def further_divergence(self, teacher: STAR, tokens: Sequence[Tensor], conditions: tuple[TextRows, TextRows],
+                           direction: Direction) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The sampler's, at the tokens that it is not shown."""
+        if self.head.sampler is None:
+            return None
+
+        def apart(found: Tensor, taught: Tensor) -> Tensor:
+            target = torch.cat(list(tokens), 1)[:, self.plan.span(self.config.generator.sampled_from, len(self.plan))]
+            known = self.shown(target)
+            own = self.head.again(self.sampler_hidden(self.plan, found, conditions[0], target, known))
+            with torch.no_grad():
+                wanted = teacher.head.again(teacher.sampler_hidden(self.plan, taught, conditions[1], target, known))
+            away_BL = divergence(own, wanted, direction) * ~known
+            return away_BL.sum() / (~known).sum().clamp_min(1)
+
+        return apart
 
     def inputs(self, tokens: Sequence[Tensor]) -> list[Tensor | None]:
         """The un-embedded input of every step, from the tokens of those before."""
-        with torch.no_grad():
-            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
-            return pyramid.replay(list(tokens), canvas).reads
+        return self.forced(tokens)[1]
 
     def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """Those of the base's training without dropping; none are told for others."""

@@ -1,20 +1,24 @@
 """What text-to-picture systems share: prompts, negative prompts, and the training loss by captions."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from nextscale.canvas import Canvas
 from nextscale.conditions.text import TextCondition, TextRows
 from nextscale.conditions.text_encoders import open_text_encoder
 from nextscale.conditions.text_features import TextFeatures
 from nextscale.conditions.text_words import WordEncoder
 from nextscale.errors import InputError
+from nextscale.objectives.distillation import Direction, distillation_loss
 from nextscale.parallel import rand_pictures
 from nextscale.sampling.generation import Generation
 from nextscale.systems.system import Config, Schedule, System
+from nextscale.tokenizers import pyramid
 
 Prompts = Sequence[str | None] | str | TextFeatures | None
 
@@ -49,6 +53,9 @@ class TextConditionalSystem(System):
     transformer_parts: tuple[str, ...] = ("generator", "head", "text")
     text: Any
 
+    # Which parameters read the text encoder's features, as patterns of their names.
+    text_front: ClassVar[tuple[str, ...]] = ("text.*",)
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.encoder: Any = None  # an attribute of the class would hide a module
@@ -60,7 +67,7 @@ class TextConditionalSystem(System):
         """Features of prompts, where the system lies. Raises MissingExtraError where the encoder's package isn't there,
         InputError for what are no prompts."""
         if self.encoder is None:
-            self.encoder = open_text_encoder(self.config.encoder, device=self.device)
+            self.encoder = open_text_encoder(self.config.encoder, device=self.device, offload="auto")
         found: TextFeatures = self.encoder.encode(prompts).to(self.device)
         return found
 
@@ -143,12 +150,46 @@ class TextConditionalSystem(System):
 
     def dropped(self, rows: Any, label_dropout: float, part_dropout: float) -> TextRows:
         """Conditions of features, or of captions, some of them dropped, by ``rand_pictures``."""
+        gone_B = rand_pictures(len(rows), device=self.device) < label_dropout if label_dropout else None
+        return self.conditioned(rows, gone_B)
+
+    def conditioned(self, rows: Any, gone_B: Tensor | None = None) -> TextRows:
+        """The same where it is said which pictures lose their prompt."""
         features = (rows if isinstance(rows, TextFeatures) else self.training_features(rows)).to(self.device)
-        if label_dropout:
-            gone_B = rand_pictures(len(features), device=self.device) < label_dropout
+        if gone_B is not None:
             features = features.replaced(self.nothing(features), gone_B)
         found: TextRows = self.text(features)
         return found
+
+    def forced(self, tokens: Sequence[Tensor], correct: bool = False,
+               latent: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What a training pass predicts, and the un-embedded input of every step. correct, latent: for systems that
+        train on corrupted input."""
+        with torch.no_grad():
+            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
+            return list(tokens), pyramid.replay(list(tokens), canvas).reads
+
+    def distillation_loss(self, teacher: TextConditionalSystem, tokens: Sequence[Tensor], rows: tuple[Any, Any],
+                          label_dropout: float = 0.1, step_weights: Sequence[float] | None = None,
+                          direction: Direction = "teacher-student", correct: bool = False,
+                          **options: Any) -> tuple[Tensor, ...]:
+        """How far this system's distributions of all tokens are from those of a teacher of the same tokenizer, see
+        ``nextscale.objectives.distillation``. rows: captions or features, for this system and for the teacher, who drop
+        those of the same pictures; correct, options: as ``forced`` has them."""
+        tokens, reads = self.forced(tokens, correct, **options)
+        gone_B = rand_pictures(len(tokens[0]), device=self.device) < label_dropout if label_dropout else None
+        with torch.no_grad():
+            taught = teacher.conditioned(rows[1], gone_B)
+        conditions = self.conditioned(rows[0], gone_B), taught
+        return distillation_loss(self, teacher, self.plan, tokens, reads, conditions,
+                                 step_weights or (1.0,) * len(self.plan), direction,
+                                 self.further_divergence(teacher, tokens, conditions, direction))
+
+    def further_divergence(self, teacher: Any, tokens: Sequence[Tensor], conditions: tuple[TextRows, TextRows],
+                           direction: Direction) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What ``distillation_loss`` adds, of both hidden states, where a system draws by more than its head's
+        logits."""
+        return None
 
     def training_features(self, captions: Sequence[str]) -> TextFeatures:
         """Features of captions in training: with a gradient to an encoder that is trained along."""

@@ -71,17 +71,17 @@ class Trained(nn.Module):
                 place.register_parameter(last, parameter)
 
 
-class FinetuneTask(GeneratorTask):
-    """``GeneratorTask`` on the trainable part of a system; labels of the data become labels of the model.
+class PartTask(GeneratorTask):
+    """``GeneratorTask`` on the trainable part of a system: that alone is kept, averaged and saved.
 
     base: fingerprint of the weights that the training began with, which a resumed one must begin with too; average:
     whether an average of the trained weights is kept.
     """
 
-    def __init__(self, system: Any, change: ClassChange, base: str, average: bool = True, **settings: Any):
+    def __init__(self, system: Any, base: str, average: bool = True, **settings: Any):
         trained = [parameter for parameter in system.parameters() if parameter.requires_grad]
         super().__init__(system, **settings)  # stops all of the tokenizer's gradients
-        self.change, self.base, self.average = change, base, average
+        self.base, self.average = base, average
         self.modules = {"trained": Trained(system)}
         assert len(list(self.modules["trained"].parameters())) == len(trained)
 
@@ -97,12 +97,6 @@ class FinetuneTask(GeneratorTask):
 
     def averaged(self) -> dict[str, nn.Module]:
         return dict(self.modules) if self.average else {}
-
-    def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
-        for part in self.parts.values():
-            part.train()
-        labels = translate(batch["labels"], self.change, self.system.config.classes)
-        return super().loss(phase, {**batch, "labels": labels}, at)
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         # Where the base is held in bf16 and some layers train in float32, only autocast makes them meet.
@@ -137,3 +131,17 @@ class FinetuneTask(GeneratorTask):
         if state.get("base") != self.base:
             raise WeightsError(f"this run was begun on another model (fingerprint {str(state.get('base'))[:8]}, now "
                                f"{self.base[:8]}); resume it with the same --model")
+
+
+class FinetuneTask(PartTask):
+    """``PartTask`` whose data's labels become labels of the model."""
+
+    def __init__(self, system: Any, change: ClassChange, base: str, average: bool = True, **settings: Any):
+        super().__init__(system, base, average, **settings)
+        self.change = change
+
+    def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
+        for part in self.parts.values():
+            part.train()
+        labels = translate(batch["labels"], self.change, self.system.config.classes)
+        return super().loss(phase, {**batch, "labels": labels}, at)

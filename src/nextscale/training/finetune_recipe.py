@@ -169,14 +169,20 @@ def model_config(name: str) -> SystemConfig:
 def open_base(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
               control_weights: str | None = None) -> ClassConditionalSystem:
     """The model to fine-tune, in float32. Raises WeightsError for a published size without its files."""
+    system = open_trained(name, weights, tokenizer_weights, control_weights)
+    if not isinstance(system, ClassConditionalSystem):
+        raise InputError(f"{name} is a {type(system).__name__}, which fine-tuning does not know")
+    return system
+
+
+def open_trained(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
+                 control_weights: str | None = None) -> Any:
+    """A model of any kind with trained weights. Raises WeightsError for a published size without its files."""
     published = not Path(name).is_dir() and weights_of(name) == "published"
     if published and not (weights and tokenizer_weights):
         raise WeightsError(f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
                            "`nextscale convert` wrote as --model")
-    system = nextscale.load(name, tokenizer=tokenizer_weights, generator=weights, control=control_weights)
-    if not isinstance(system, ClassConditionalSystem):
-        raise InputError(f"{name} is a {type(system).__name__}, which fine-tuning does not know")
-    return system
+    return nextscale.load(name, tokenizer=tokenizer_weights, generator=weights, control=control_weights)
 
 
 def model_targets(name: str) -> list[tuple[str, int, str, bool]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nextscale import parallel
 from nextscale.conditions.text_cached import CachedTextEncoder
 from nextscale.conditions.text_encoders import open_text_encoder
+from nextscale.conditions.text_pretrained import PretrainedTextEncoder
 from nextscale.conditions.text_words import WordConfig
 from nextscale.configuration import build
 from nextscale.data.token_dataset import TokenDataset
@@ -124,7 +125,9 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     elif takes["captions"]:
         labels = sheet_captions(held_out or dataset)
         if system.encoder is None:
-            system.encoder = kept_features(wanted.text, (dataset, held_out), out, device)
+            folder = Path(wanted.text.cache) if wanted.text.cache else out / "text"
+            system.encoder = kept_features(wanted.text.encoder, folder, wanted.text.max_tokens, (dataset, held_out),
+                                           device)
     else:
         labels = _sheet_labels(config)
     system.to(device)
@@ -158,15 +161,18 @@ def sheet_captions(pictures: TokenDataset, count: int = 64) -> list[str]:
             torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long().tolist()]
 
 
-def kept_features(text: TextRecipe, caches: Sequence[TokenDataset | None], out: Path,
+def kept_features(encoder: str, folder: Path, max_tokens: int, caches: Sequence[TokenDataset | None],
                   device: torch.device) -> CachedTextEncoder:
-    """A text encoder that stays as it is, with the features of all captions on the disk before training begins."""
-    encoder: Any = open_text_encoder(text.encoder, max_tokens=text.max_tokens or None, device=device)
-    cached = CachedTextEncoder(encoder, Path(text.cache) if text.cache else out / "text")
+    """A text encoder that stays as it is, with the features of all captions, and of none, on the disk before training
+    begins; its weights leave memory then."""
+    opened: Any = open_text_encoder(encoder, max_tokens=max_tokens or None, device=device, offload="auto")
+    cached = CachedTextEncoder(opened, folder)
     for pictures in caches:
         if pictures is not None and parallel.is_main():
             captions = (caption for place in range(len(pictures)) for caption in pictures.captions(place))
-            cached.fill(list(dict.fromkeys(captions)))
+            cached.fill(list(dict.fromkeys(("", *captions))))
+    if isinstance(opened, PretrainedTextEncoder):
+        opened.unload()
     return cached
 
 
