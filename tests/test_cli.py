@@ -376,6 +376,12 @@ def test_models_and_systems_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert " planned " not in capsys.readouterr().out
 
 
+def test_listed_sizes_are_those_of_the_networks() -> None:
+    from nextscale.cli.models import _sizes, count_sizes
+
+    assert _sizes() == count_sizes(), "write the table anew: python -m nextscale.cli.models"
+
+
 def test_version_and_bare_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"nextscale {nextscale.__version__}\n"

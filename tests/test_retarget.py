@@ -213,11 +213,12 @@ def test_a_model_is_retargeted_by_one_command_and_draws_with_its_new_encoder(
 
 
 def test_a_retargeting_that_was_stopped_goes_on_as_if_it_had_not(place: Path) -> None:
-    own = ["train.sample_every=0", "data.held_out=0", "train.schedule=constant", "text.words.width=32", "text.words.heads=2",
-           "text.words.buckets=64", "text.words.bucket_width=8", "text.words.depth=1", "text.words.max_tokens=12"]
-    assert retarget(*own, "train.checkpoint_every=2", steps=4, out="whole", encoder="words") == 0
-    assert retarget(*own, "train.checkpoint_every=2", steps=2, out="half", encoder="words") == 0
-    assert retarget(*own, "train.checkpoint_every=2", steps=4, out="half", encoder="words", more=["--resume"]) == 0
+    own = ["train.sample_every=0", "data.held_out=0", "train.schedule=constant", "train.checkpoint_every=2",
+           "text.words.width=32", "text.words.heads=2", "text.words.buckets=64", "text.words.bucket_width=8",
+           "text.words.depth=1", "text.words.max_tokens=12"]
+    assert retarget(*own, steps=4, out="whole", encoder="words") == 0
+    assert retarget(*own, steps=2, out="half", encoder="words") == 0
+    assert retarget(*own, steps=4, out="half", encoder="words", more=["--resume"]) == 0
     whole, half = (nextscale.load(f"{out}/model", device="cpu") for out in ("whole", "half"))
     assert isinstance(whole.encoder, WordEncoder) and whole.config.words == replace(WORDS, bucket_width=8)
     assert all(torch.equal(value, half.state_dict()[name]) for name, value in whole.state_dict().items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,10 @@ from nextscale.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from nextscale.systems.system import Config
     from nextscale.tokenizers.config import TokenizerConfig
+
+
+SIZES = Path(__file__).with_name("sizes.json")
+"""Written by ``python -m nextscale.cli.models``."""
 
 
 def list_models(
@@ -37,24 +42,43 @@ def list_models(
 
 
 def _row(name: str) -> tuple[str, str, str, str]:
-    from nextscale.cli.options import needs_weights
     from nextscale.errors import WeightsError
     from nextscale.registry import models, weights_of
-    from nextscale.systems.folders import model_config
 
+    kind = weights_of(name)
+    if kind == "unknown":
+        return name, "", "", f"another package's ({models()[name]})"
     try:
-        config = model_config(name)
+        size, pictures = _sizes().get(name) or size_of(name)
     except WeightsError:
         return name, "", "", "not in this installation"
-    if config is None:
-        return name, "", "", f"another package's ({models()[name]})"
+    return name, size, pictures, {"published": "published files: --weights, --tokenizer-weights, or convert",
+                                  "shipped": "come with the package", "none": "none: for training and tests"}[kind]
+
+
+@cache
+def _sizes() -> dict[str, list[str]]:
+    """``size_of`` the sizes that come without weights, which never change: building them all takes ten seconds."""
+    from nextscale.hub import read_json
+
+    return read_json(SIZES)
+
+
+def size_of(name: str) -> list[str]:
+    """How many parameters a model has, and how large its pictures are."""
+    from nextscale.systems.folders import model_config
+
+    config = model_config(name)
     side = config.tokenizer.factor
     height, width = (side * n for n in config.tokenizer.grids[-1])
-    if needs_weights(name):
-        weights = "published files: --weights, --tokenizer-weights, or convert"
-    else:
-        weights = "come with the package" if weights_of(name) == "shipped" else "none: for training and tests"
-    return name, _millions(config), f"{width}x{height}", weights
+    return [_millions(config), f"{width}x{height}"]
+
+
+def count_sizes() -> dict[str, list[str]]:
+    """What ``SIZES`` is to hold."""
+    from nextscale.registry import models, weights_of
+
+    return {name: size_of(name) for name in models() if weights_of(name) in ("published", "none")}
 
 
 def _show(name: str) -> None:
@@ -167,3 +191,10 @@ def list_systems(
             typer.echo(f"  {entry.status:8s} {entry.slug:{width}s}  {entry.name}")
     counts = ", ".join(f"{sum(entry.status == one for entry in entries)} {one}" for one in STATUSES)
     typer.echo(f"\n{len(entries)} systems: {counts}")
+
+
+if __name__ == "__main__":
+    import json
+
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(size)}" for name, size in count_sizes().items())
+    SIZES.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")

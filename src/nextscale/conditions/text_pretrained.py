@@ -28,8 +28,8 @@ from nextscale.errors import InputError, MissingExtraError, WeightsError
 
 Offload = Literal["none", "between", "always", "auto"]
 """Where weights live when ``device`` is a small GPU: there (``none``), on the CPU except while they encode
-(``between``), or on the CPU where they encode too, so that only features travel (``always``). ``auto`` is ``none`` where
-they take at most half of what the device has left when they are loaded, else ``between``."""
+(``between``), or on the CPU where they encode too, so that only features travel (``always``). ``auto`` is ``none``
+where they take at most half of what the device has left when they are loaded, else ``between``."""
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 14
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json",
@@ -197,8 +197,8 @@ class PretrainedTextEncoder:
         if self.device.type == "cpu" or free is None or needed <= free // 2:
             return "none"
         logging.getLogger("nextscale").warning(
-            f"text: {self.name} takes {needed / 1e9:.1f} GB and {self.device} has {free / 1e9:.1f} GB left; its weights "
-            "stay on the CPU and are there for the time of a call only")
+            f"text: {self.name} takes {needed / 1e9:.1f} GB and {self.device} has {free / 1e9:.1f} GB left; its "
+            "weights stay on the CPU and are there for the time of a call only")
         return "between"
 
     def _compute(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
