@@ -607,7 +607,9 @@ def test_released_models_load_by_name_from_files_and_folders_of_shards(
             torch.save({key: network[key].clone() for key in keys}, weights / f"pytorch_model-0000{i}.bin")
             files |= dict.fromkeys(keys, f"pytorch_model-0000{i}.bin")
         (weights / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    drawn = torch.get_rng_state()
     loaded = nextscale.load(name, tokenizer=str(tmp_path / "vae.pth"), generator=str(weights), device="cpu")
+    assert torch.equal(torch.get_rng_state(), drawn)  # of 8 billion weights, to be thrown away
     for key, value in system.state_dict().items():
         if not key.startswith("tokenizer.quantiser."):
             assert torch.equal(value, loaded.state_dict()[key]), key

@@ -131,6 +131,17 @@ def test_what_fits_is_kept_and_what_is_new_is_as_large() -> None:
     assert {n.split(".")[-2] for n, p in star.named_parameters() if p.requires_grad} == {"pooled", "kv", "text"}
 
 
+def test_a_model_with_words_of_its_own_learns_to_read_a_frozen_encoder() -> None:
+    first = teacher()
+    system = retargeted(first, "words", WORDS)
+    fill(system, 1)
+    student = retargeted(system, "test_retarget:Narrow")
+    assert student.config.words is None and student.encoder is None and student.config.generator.text_width == 24
+    found = learn(RetargetTask(student, system, "base", label_dropout=0.2), batch(system, 4), 8)
+    assert found[-1] < 0.7 * found[0]
+    assert not any(p.requires_grad for p in system.encoder.parameters())
+
+
 def test_published_sizes_keep_their_heads_whatever_the_new_width() -> None:
     """Flan-T5-XL's 2048 numbers are pooled by 16 heads; 768 and 384 are no reason for 6 and 3, which don't divide C."""
     network = preset_config("infinity-8b").generator

@@ -13,7 +13,9 @@ from nextscale.errors import DataError, InputError, WeightsError, did_you_mean
 
 def convert(
     model: Annotated[str, typer.Argument(help="A published size, such as var-d16; `nextscale models` lists them.")],
-    weights: Annotated[str, typer.Option("--weights", help="Published transformer: a file, or owner/name/file.")],
+    weights: Annotated[
+        str, typer.Option("--weights", help="Published transformer: a file, a folder of shards, or owner/name/file.")
+    ],
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="Published tokenizer: a file, or owner/name/file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
     control: Annotated[
@@ -49,7 +51,7 @@ def convert(
     given = {"tokenizer": tokenizer, "generator": weights, "control": control, "drafter": drafter}
     files = {part: where for part, where in given.items() if where is not None}
     tensors = {part: hub.read_tensors(where) for part, where in files.items()}
-    system = folders.open_model(model)
+    system = folders.open_model(model, filled=True)
     for part, names in zip(folders.files_of(system), system.published_names(), strict=True):
         if names and part not in tensors:
             raise WeightsError(f"{model} has published weights of its {part}, too; give --{part}")

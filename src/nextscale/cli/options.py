@@ -129,7 +129,8 @@ MemoryLimit = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", help="Published transformer for a var-d model: a file, or owner/name/file of the hub."),
+    typer.Option("--weights", help="Published transformer of a size without weights: a file, a folder of shards, or "
+                                   "owner/name/file of the hub."),
 ]
 TokenizerWeights = Annotated[
     str | None, typer.Option("--tokenizer-weights", help="The published tokenizer that goes with it.")

@@ -13,7 +13,7 @@ def load_model(name: str, precision: str = "fp32", device: str = "auto", tokeniz
     from nextscale.systems.folders import load_published, open_model
 
     target = choose_device(device)
-    system = open_model(name)
+    system = open_model(name, filled=tokenizer is not None and generator is not None)
     if any(given is not None for given in (tokenizer, generator, *further.values())):
         load_published(system, tokenizer, generator, **further)
         for part, names in zip(system.further, system.published_names()[2:], strict=True):

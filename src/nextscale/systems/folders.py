@@ -1,6 +1,7 @@
 """Systems from and into folders, configurations and published files; any system that the table knows."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -140,16 +141,19 @@ def model_config(name: str) -> Any:
     return import_target(models()[name])(name) if weights_of(name) != "unknown" else None  # type: ignore[operator]
 
 
-def open_model(name: str) -> Any:
+def open_model(name: str, filled: bool = False) -> Any:
     """The system of a name or folder on the CPU in float32: trained where weights come with it, a small size of this
-    project initialised for training (with the same weights every time), a published size with random weights."""
+    project initialised for training (with the same weights every time), a published size with random weights.
+
+    filled: tokenizer and transformer will be loaded, so those of a published size, if it has no more, are not drawn."""
     config = model_config(name)
     if Path(name).is_dir():
         return load(Path(name))
     if config is None or weights_of(name) == "shipped":
         return import_target(models()[name])(name)  # type: ignore[operator]
     if weights_of(name) == "published":
-        return build_system(config)
+        with nullcontext() if system_type(config.slug).further or not filled else hub.WithoutInitialisation():
+            return build_system(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return system_type(config.slug)(config).initialise().eval()
