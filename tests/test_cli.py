@@ -376,6 +376,7 @@ def test_models_and_systems_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert " planned " not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_listed_sizes_are_those_of_the_networks() -> None:
     from nextscale.cli.models import _sizes, count_sizes
 
