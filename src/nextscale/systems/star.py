@@ -208,9 +208,9 @@ class STAR(TextConditionalSystem):
             canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
             return pyramid.replay(list(tokens), canvas).reads
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """Those of the base's training without dropping; none are told for others."""
-        return self.products_of_plan(pictures, steps) if self.part == "base" and not self.config.dropping.keep else []
+        return self.products_of_plan(pictures, plan) if self.part == "base" and not self.config.dropping.keep else []
 
     # Published weights
 
