@@ -15,6 +15,7 @@ from test_flexvar import tiny as tiny_flexvar
 from test_infinity import GENERATOR, TOKENIZER
 from test_infinity import tiny as tiny_infinity
 from tiny import emoji, tiny_var
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nextscale.canvas import Canvas
 from nextscale.cli import main
@@ -263,6 +264,18 @@ def test_the_loss_of_a_wide_batch_is_the_one_made_by_hand(cache: Path) -> None:
     entropy = -picked.mean(-1)
     weight = torch.cat([torch.full((n,), n**-0.5) for n in rows])
     torch.testing.assert_close(loss, (entropy * weight).mean(0).sum() / weight.sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_every_shape_is_compiled_however_many_there_are(cache: Path) -> None:
+    torch._dynamo.reset()
+    system, counter = tiny_infinity(depth=1), CompileCounterWithBackend("eager")
+    batches = [*one_of_each(loader(cache)).values()]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        task = GeneratorTask(system, compile="on", backend=counter,  # type: ignore[arg-type]
+                             plans=[system.training_plan(batch) for batch in batches])
+        for batch in batches * 2:
+            task.loss("main", batch, NOW)
+    assert counter.frame_count == len(batches) == 3
 
 
 def test_flexvar_trains_on_buckets_too(pictures: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class TokenDataset:
         report: called with (done, total) shards while verifying.
 
     Attributes:
-        jobs: what the cache holds, one a bucket; job: the first, whose grids and sizes alone the others don't share.
+        jobs: what the cache holds, one a bucket; job: the first, which the others differ from in grids, sizes and
+            pictures alone.
         bucket_of: (N,) index of each picture's bucket, None where there is one shape.
         skipped: (title, reason) of every picture that was left out as unreadable.
         labels: long (N, n).

@@ -144,7 +144,7 @@ class FlexVAR(ClassConditionalSystem):
             return None
         if grid == (32, 32):
             return [(side, side) for side in STEPS_512]
-        return self.plan.scales_to(grid)
+        return list(self.plan.scales_to(grid))
 
     @classmethod
     def schedules(cls, tokenizer: TokenizerConfig, largest_ratio: float, multiple: int) -> dict[Bucket, Schedule]:

@@ -187,7 +187,7 @@ class Infinity(TextConditionalSystem):
         known = RATIOS[nearest_ratio(size[0] / size[1])]
         if grid in known:
             return known[:known.index(grid) + 1]
-        return self.plan.scales_to(grid)
+        return list(self.plan.scales_to(grid))
 
     def schedule_of_ratio(self, ratio: float) -> Schedule:
         """The schedule of an aspect ratio (height / width) with about as many pixels as the model's own has: the

@@ -167,7 +167,8 @@ class System(nn.Module):
         """The shapes of pictures that a training may have, (height, width) in pixels, each with its schedule.
 
         largest_ratio: of the longer to the shorter side; multiple: of what sides are multiples, in pixels, where the
-        system has no ratios of its own. Raises InputError where the system has one shape only.
+        system has no ratios of its own. ``loss`` of a system that has several takes a ``plan``. Raises InputError where
+        it has one shape only.
         """
         raise InputError(f"{cls.__name__} trains on pictures of one shape; leave data.largest_ratio at 1, or use a "
                          "system that draws several, infinity or flexvar")

@@ -23,6 +23,10 @@ from nextscale.training.utilisation import MatrixProduct, Utilisation
 NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11", "bias", "null", "query")
 
 
+COMPILED = 8
+"""Graphs that the compiler may make of a network beside those of training."""
+
+
 class GeneratorTask:
     """Trains a system's network by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
 
@@ -135,6 +139,10 @@ class GeneratorTask:
         """What hangs on the device, which is known when the first batch comes."""
         device = self.system.device
         if self.compile == "on" or (self.compile == "auto" and device.type == "cuda"):
+            # Every plan is a graph of its own; beyond its limit the compiler would leave the others as they are.
+            graphs = sum(len(plan) if self.prefix.share else 1 for plan in self.plans)
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, COMPILED + graphs)
             self.system.generator.compile(backend=self.backend, dynamic=False)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else next(self.system.head.parameters()).dtype

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
-"""What a step trains on, by name: tensors with a row a picture, and lists of texts with one a picture."""
+"""What a step trains on, by name: tensors with a row a picture, and lists (of texts, of schedules) with an entry a
+picture."""
 Metrics = Mapping[str, "float | Tensor"]
 
 
