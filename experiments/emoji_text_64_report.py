@@ -139,9 +139,10 @@ def compare(measure: Measure, models: dict[str, str]) -> dict[str, Any]:
                 "seconds_a_picture": seconds}
             found[f"{name}, {split}"] = of
             held_out = of["accuracy"]
-            print(shown(f"{name}, {split}", of) + f"  distance {of['distance']:.2f}"
-                  f"  bits {held_out['bits_a_picture']:.0f}  last scale right {100 * held_out['right_by_step'][-1]:.1f}%"
-                  f"  tokenizer {of['through_tokenizer']['mean']:.2f} dB", flush=True)
+            print(shown(f"{name}, {split}", of), f"distance {of['distance']:.2f}",
+                  f"bits {held_out['bits_a_picture']:.0f}",
+                  f"last scale right {100 * held_out['right_by_step'][-1]:.1f}%",
+                  f"tokenizer {of['through_tokenizer']['mean']:.2f} dB", sep="  ", flush=True)
     return found
 
 

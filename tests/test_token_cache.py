@@ -343,7 +343,7 @@ def test_pictures_found_broken_on_the_way_are_left_out_and_named(system: VAR, pi
     assert len(whole) == PICTURES  # its header is good
     assert tokenize(system.tokenizer, whole, tmp_path / "tokens", shard_pictures=SHARD)
     tokens = TokenDataset(tmp_path / "tokens")
-    assert len(tokens) == PICTURES - 1 and [title for title, _ in tokens.manifest.skipped] == [str(victim)]
+    assert len(tokens) == PICTURES - 1 and [title for title, _ in tokens.skipped] == [str(victim)]
     gone = next(row for row in range(PICTURES) if whole.source.title(row) == str(victim))
     assert tokens.rows.tolist() == [row for row in range(PICTURES) if row != gone]
     others = [place for place in range(PICTURES) if place != gone]

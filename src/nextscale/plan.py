@@ -114,6 +114,12 @@ class Plan:
                  for h, w in (step.grid for step in self.steps)]
         return replace(self, steps=tuple(replace(step, grid=one) for step, one in zip(self.steps, sides, strict=True)))
 
+    def scales_to(self, grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The grids of ``stretched``, but the first one as it is, and none twice: a schedule for a network whose first
+        step has a fixed number of rows."""
+        first = self.grids[0]
+        return first, *(one for one in dict.fromkeys(self.stretched(grid).grids[1:]) if one != first)
+
     def __len__(self) -> int:
         return len(self.steps)
 

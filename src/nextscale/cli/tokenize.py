@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,8 +70,19 @@ def tokenize(
     threads: options.Threads = None,
     system: Annotated[
         str | None,
-        typer.Option("--system", help="Which the tokens are for, where that matters: himar.", show_default="any"),
+        typer.Option(
+            "--system", help="Which the tokens are for, where that matters: himar, several shapes.", show_default="any"
+        ),
     ] = None,
+    largest_ratio: Annotated[
+        float,
+        typer.Option(
+            "--largest-ratio", min=1, help="Shapes up to this ratio of sides, the first split only; needs --system."
+        ),
+    ] = 1.0,
+    bucket_multiple: Annotated[
+        int, typer.Option("--bucket-multiple", min=1, help="Sides of shapes are multiples of it; infinity has its own.")
+    ] = 32,
 ) -> None:
     """Turn pictures into tokens once, for `nextscale train generator --tokens`. Killed, it goes on where it was.
 
@@ -80,6 +92,8 @@ def tokenize(
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --crop random --crops 8 --out runs/tokens
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --captions --out runs/tokens
       nextscale tokenize --data photos/ --tokenizer runs/tokenizer/tokenizer --shard 0/4 --out runs/tokens
+      nextscale tokenize --data photos/ --tokenizer runs/bits/tokenizer --captions --latents --system infinity \
+        --largest-ratio 2 --out runs/tokens
     """
     from nextscale.data.pictures_out import check_writable
     from nextscale.devices import choose_device
@@ -90,11 +104,15 @@ def tokenize(
 
     if caption_field is not None and not captions:
         raise InputError("--caption-field says where captions are; ask for them with --captions")
+    if largest_ratio > 1 and system is None:
+        raise InputError("--largest-ratio: which schedule a shape has, the system says; name it with --system")
     check_writable(out, folder=True)
     rank, world = tokens.world_from_environment() if shard is None else read_shard(shard)
-    coder = load_tokenizer(tokenizer)
+    coder, schedules = load_tokenizer(tokenizer), None
     if system is not None:
         coder = folders.system_type(system).fitted(coder)
+        if largest_ratio > 1:
+            schedules = folders.system_type(system).schedules(coder.config, largest_ratio, bucket_multiple)
     coder.to(choose_device(tokens.own_device(device)))
 
     def make(dataset: PictureDataset, crops: int, flips: bool) -> None:
@@ -105,18 +123,18 @@ def tokenize(
         with TokenProgress(dataset.split, show) as report:
             complete = tokens.tokenize(
                 coder, dataset, folder, crops, flips, shard_size, batch_size, workers, rank, world, report,
-                control or (), captions, latents,
+                control or (), captions, latents, schedules if dataset.buckets else None,
             )
         if complete:
             cache = tokens.TokenDataset(folder)
             typer.echo(cache.summary())
-            for title, reason in cache.manifest.skipped[:20]:
+            for title, reason in cache.skipped[:20]:
                 typer.echo(f"  skipped {title}: {reason}")
         else:
             typer.echo(f"{folder}: part {rank} of {world} is done; the tokens are complete when the others are")
 
     trained, *others = split or ["train"]
-    dataset = open_pictures(data, coder.picture_size, trained, crop.value, caption_field)
+    dataset = open_pictures(data, coder.picture_size, trained, crop.value, caption_field, schedules)
     # Held-out figures must not hang on chance.
     fixed = "center" if crop in (Crop.random, Crop.random_resized) else crop.value
     held_out = [open_pictures(data, coder.picture_size, name, fixed, caption_field) for name in others]
@@ -140,12 +158,13 @@ def open_held_out(
 
 
 def open_pictures(
-    data: str, size: tuple[int, int], split: str, crop: Any, caption_field: str | None = None
+    data: str, size: tuple[int, int], split: str, crop: Any, caption_field: str | None = None,
+    buckets: Iterable[tuple[int, int]] | None = None,
 ) -> PictureDataset:
     """A split's pictures, decoded when they are read: of several processes, each decodes its own."""
     from nextscale.data import open_dataset
 
-    return open_dataset(data, size, split, crop=crop, memory_bytes=0, caption_field=caption_field)
+    return open_dataset(data, size, split, crop=crop, memory_bytes=0, buckets=buckets, caption_field=caption_field)
 
 
 def read_shard(text: str) -> tuple[int, int]:

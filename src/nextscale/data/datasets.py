@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,6 +178,23 @@ class PictureDataset:
             for name, count in zip(names, counts, strict=True)
             if not count
         ]
+
+    def in_buckets(self) -> dict[Bucket, PictureDataset]:
+        """The pictures of every bucket that has any, each as a set of that one size; they share what is known to be
+        broken."""
+        if self.buckets is None or self.bucket_of is None:
+            raise InputError(f"{self.source.name} was opened without buckets")
+        found = {}
+        for number, bucket in enumerate(self.buckets):
+            here = np.flatnonzero(self.bucket_of == number)
+            if len(here):
+                one = copy(self)
+                one.size, one.buckets, one.bucket_of = bucket, None, None
+                one.rows, one.labels = self.rows[here], self.labels[torch.from_numpy(here)]
+                one.skipped = list(self.skipped)
+                one.blocks = None if self.blocks is None else self.blocks[here]
+                found[bucket] = one
+        return found
 
     def size_of(self, position: int) -> tuple[int, int]:
         """(height, width) that a picture is fitted to."""

@@ -58,8 +58,9 @@ class TokenLoader:
 
     def batch_at(self, step: int) -> dict[str, Any]:
         """This rank's slice of batch number ``step``, from 0: ``tokens`` as ``TokenDataset.read`` gives them;
-        ``labels`` long (B, n); ``id`` and ``epoch`` long (B,). Where asked for: ``control`` uint8 (B, P, H, W);
-        ``caption``, a list of B texts; ``latent`` float16 (B, h w, C)."""
+        ``labels`` long (B, n); ``id`` and ``epoch`` long (B,). Of a cache of several shapes ``schedule``, B times the
+        grids of the step's bucket. Where asked for: ``control`` uint8 (B, P, H, W); ``caption``, a list of B texts;
+        ``latent`` float16 (B, h w, C)."""
         positions, epochs = self.order.batch(step, self.batch_size)
         share = self.batch_size // self.ranks
         here = slice(self.rank * share, (self.rank + 1) * share)
@@ -67,12 +68,14 @@ class TokenLoader:
         places = positions.numpy()
         ids = self.dataset.rows[places]
         versions = self.versions(epochs.numpy(), ids)
-        batch = {
+        batch: dict[str, Any] = {
             "tokens": self.dataset.read(places, versions),
             "labels": self.dataset.labels[positions],
             "id": torch.from_numpy(ids.astype(np.int64)),
             "epoch": epochs,
         }
+        if self.dataset.bucket_of is not None:
+            batch["schedule"] = [self.dataset.job_of(places).grids] * share
         if self.control:
             batch["control"] = self.dataset.read_control(places, self.control, versions)
         if self.latents:

@@ -192,7 +192,7 @@ class CollaborativeSystem(VAR):
                                                     (self.labels(labels_Bn), teacher), weights, self.config.direction)
         return loss, by_step, right
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         return []  # a training pass goes through one network or both, and one of them has no gradients
 
     # Published weights

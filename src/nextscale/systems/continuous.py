@@ -81,14 +81,14 @@ class ContinuousSystem(ClassConditionalSystem):
                          "loss on pictures is `loss`")
 
     @torch.no_grad()
-    def training_tokens(self, cached: Tensor) -> list[Tensor]:
+    def training_tokens(self, cached: Tensor, plan: Plan | None = None) -> list[Tensor]:
         """The vectors of every step, (B, L_k, C), of cached moments (B, L, 2C), the finest grid's last: of one draw
         from the Gaussians, with torch's generator."""
-        height, width = self.tokenizer.plan.grid
+        height, width = (plan or self.tokenizer.plan).grid
         cached = cached[:, -height * width:]
         noise = randn_pictures(*cached.shape[:-1], cached.shape[-1] // 2, device=cached.device)
         drawn = self.tokenizer.quantiser.scaled(gaussian.draw(cached, noise, dim=-1))
-        return self.steps_of(drawn.transpose(1, 2).unflatten(2, (height, width)))
+        return self.steps_of(drawn.transpose(1, 2).unflatten(2, (height, width)), plan)
 
     def steps_of(self, latent_BCHW: Tensor, plan: Plan | None = None, order: Tensor | None = None) -> list[Tensor]:
         """The vectors of every step of a latent, by a plan and an order of cells (the system's own by default)."""

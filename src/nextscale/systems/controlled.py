@@ -15,6 +15,7 @@ from nextscale.context import Hook
 from nextscale.control.maps import UNCONTROLLED
 from nextscale.errors import InputError, did_you_mean
 from nextscale.hub import NameMap
+from nextscale.plan import Plan
 from nextscale.sampling.generation import Generation, Preview, Settings
 from nextscale.sampling.guidance import Guidance, Nested, make_guidance
 from nextscale.sampling.score import LogProb
@@ -140,7 +141,7 @@ class ControlledSystem(VAR):
         hooks = [] if control is None else [self.attach(control, count=len(labels_Bn))]
         return self.hooked_loss(tokens, labels_Bn, hooks, label_dropout, part_dropout, step_weights, label_smoothing)
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         return []  # VAR's are not all that is computed, and most of the weights have no gradients
 
     def to_precision(self, precision: str) -> ControlledSystem:

@@ -21,6 +21,7 @@ from torch import Tensor
 from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassTable
 from nextscale.context import Hook
+from nextscale.data.buckets import Bucket, aspect_buckets
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.flexvar import FlexVARGenerator, FlexVARGeneratorConfig
 from nextscale.generators.var import initialise
@@ -143,8 +144,17 @@ class FlexVAR(ClassConditionalSystem):
             return None
         if grid == (32, 32):
             return [(side, side) for side in STEPS_512]
-        first = self.plan.steps[0].grid
-        return [first, *(one for one in dict.fromkeys(self.plan.stretched(grid).grids[1:]) if one != first)]
+        return list(self.plan.scales_to(grid))
+
+    @classmethod
+    def schedules(cls, tokenizer: TokenizerConfig, largest_ratio: float, multiple: int) -> dict[Bucket, Schedule]:
+        """The model's own scales stretched to every bucket of ``aspect_buckets``."""
+        factor, (height, width) = tokenizer.factor, tokenizer.plan.grid
+        if multiple % factor or height != width:
+            raise InputError(f"buckets: sides that are multiples of {multiple} pixels don't fit a square of "
+                             f"{height * factor}x{width * factor} and the tokenizer's factor {factor}")
+        return {(h, w): tokenizer.plan.scales_to((h // factor, w // factor))
+                for h, w in aspect_buckets(height * factor, largest_ratio, multiple)}
 
     def guidance(self, used: FlexVARSettings) -> Guidance:
         if used.guidance_scale == 1 or used.guidance_schedule != "ramp":
@@ -182,14 +192,15 @@ class FlexVAR(ClassConditionalSystem):
 
     def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
-             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+             label_smoothing: float = 0.0, plan: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forcing cross-entropy. While training, of a random schedule among the given grids (``draw_steps``,
-        with torch's generator); the values of steps left out are NaN."""
+        with torch's generator); the values of steps left out are NaN. plan: of all grids, where they are not the
+        model's own."""
+        all_steps = plan or self.plan
         chosen = list(range(len(tokens)))
         if self.generator.training:
-            chosen = draw_steps([step.grid for step in self.plan][:len(tokens)],
-                                random.Random(int(torch.randint(2**31, ()))))
-        plan = Plan(tuple(self.plan.steps[k] for k in chosen), self.plan.visible)
+            chosen = draw_steps(all_steps.grids[:len(tokens)], random.Random(int(torch.randint(2**31, ()))))
+        plan = Plan(tuple(all_steps.steps[k] for k in chosen), all_steps.visible)
         kept = [tokens[k] for k in chosen]
         with torch.no_grad():
             canvas = Canvas.empty(plan, self.tokenizer.quantiser, len(labels_Bn), labels_Bn.device)

@@ -151,12 +151,12 @@ class HiMAR(MAR):
         return self._split(self.tokenizer.quantiser.scaled(moments.chunk(2, -1)[0]))
 
     @torch.no_grad()
-    def training_tokens(self, cached: Tensor) -> list[Tensor]:
+    def training_tokens(self, cached: Tensor, plan: Plan | None = None) -> list[Tensor]:
         noise = randn_pictures(*cached.shape[:2], cached.shape[2] // 2, device=cached.device)
-        return self._split(self.tokenizer.quantiser.scaled(gaussian.draw(cached, noise, -1)))
+        return self._split(self.tokenizer.quantiser.scaled(gaussian.draw(cached, noise, -1)), plan)
 
-    def _split(self, latents_BLC: Tensor) -> list[Tensor]:
-        return list(latents_BLC.split([step.rows for step in self.plan], 1))
+    def _split(self, latents_BLC: Tensor, plan: Plan | None = None) -> list[Tensor]:
+        return list(latents_BLC.split([step.rows for step in plan or self.plan], 1))
 
     def tokens_of(self, run: Run) -> list[Tensor]:
         """The coarse tokens, then the fine map's where its phase has begun, in raster order."""

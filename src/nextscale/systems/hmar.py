@@ -159,9 +159,9 @@ class HMAR(ClassConditionalSystem):
                                        for s in plan.spans(0, len(plan))]) for values in (entropy_BL, right_BL))
         return entropy_BL[:, hidden_L].mean(), by_step.detach(), right
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """Those of the next-scale module's training; none are told for the mask module's."""
-        return self.products_of_plan(pictures, steps) if self.part == "next" else []
+        return self.products_of_plan(pictures, plan) if self.part == "next" else []
 
     # Published weights
 

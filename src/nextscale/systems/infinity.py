@@ -22,6 +22,7 @@ from nextscale.canvas import Canvas
 from nextscale.conditions.text import PooledText
 from nextscale.conditions.text_words import WordConfig
 from nextscale.context import Context, Function, Hook
+from nextscale.data.buckets import Bucket
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.infinity import (
     RATIOS,
@@ -166,9 +167,9 @@ class Infinity(TextConditionalSystem):
         if tokens.dtype != torch.bool:
             raise InputError(f"tokens: scale {step} holds {tokens.dtype}; bits are booleans")
 
-    def training_tokens(self, cached: Tensor) -> list[Tensor]:
+    def training_tokens(self, cached: Tensor, plan: Plan | None = None) -> list[Tensor]:
         bits = cached if cached.dtype == torch.bool else self.tokenizer.quantiser.to_bits(cached.long())
-        return list(bits.split([step.rows for step in self.plan], 1))
+        return list(bits.split([step.rows for step in plan or self.plan], 1))
 
     # Sampling
 
@@ -186,7 +187,7 @@ class Infinity(TextConditionalSystem):
         known = RATIOS[nearest_ratio(size[0] / size[1])]
         if grid in known:
             return known[:known.index(grid) + 1]
-        return list(dict.fromkeys(self.plan.stretched(grid).grids))
+        return list(self.plan.scales_to(grid))
 
     def schedule_of_ratio(self, ratio: float) -> Schedule:
         """The schedule of an aspect ratio (height / width) with about as many pixels as the model's own has: the
@@ -196,11 +197,18 @@ class Infinity(TextConditionalSystem):
         if abs(nearest - ratio) > 0.01:
             logging.getLogger("nextscale").warning("ratio %.3f (height / width): the nearest that there is is %s",
                                                    ratio, nearest)
-        if self.plan.grids == RATIOS[1.0][:len(self.plan)]:
-            return RATIOS[nearest][:len(self.plan)]
-        side = (self.plan.grid[0] * self.plan.grid[1]) ** 0.5
-        grid = max(1, round(side * nearest**0.5)), max(1, round(side / nearest**0.5))
-        return list(dict.fromkeys(self.plan.stretched(grid).grids))
+        return scales_of(self.plan, nearest)
+
+    @classmethod
+    def schedules(cls, tokenizer: TokenizerConfig, largest_ratio: float, multiple: int) -> dict[Bucket, Schedule]:
+        """One a published aspect ratio: what ``schedule_of_ratio`` draws it by."""
+        found: dict[Bucket, Schedule] = {}
+        for ratio, published in RATIOS.items():
+            if max(published[-1]) <= 1.01 * largest_ratio * min(published[-1]):  # 1.333 stands for four thirds
+                grids = scales_of(tokenizer.plan, ratio)
+                h, w = grids[-1]
+                found.setdefault((h * tokenizer.factor, w * tokenizer.factor), grids)
+        return dict(sorted(found.items(), key=lambda one: one[0][1] / one[0][0]))
 
     def filters(self, used: InfinitySettings) -> tuple[Filter, ...]:
         return make_filters(used.temperature, 1 if used.greedy else None, used.top_p, used.temperatures)
@@ -227,39 +235,44 @@ class Infinity(TextConditionalSystem):
         return {"captions": True, "latents": config.correction.strength > 0}
 
     def training_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        if "latent" not in batch:
-            return {}
-        return {"latent": batch["latent"].float().transpose(1, 2).unflatten(2, self.plan.grid)}
+        found = super().training_options(batch)
+        if "latent" in batch:
+            grid = self.training_plan(batch).grid
+            found["latent"] = batch["latent"].float().transpose(1, 2).unflatten(2, grid)
+        return found
 
     def loss(self, tokens: Sequence[Tensor], rows: Any, label_dropout: float = 0.1, part_dropout: float = 0.0,
              step_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,
-             latent: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+             latent: Tensor | None = None, plan: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forcing cross-entropy of the bits; in training with bitwise self-correction (``config.correction``).
 
         tokens: bits of every step, (B, L_k, d); of the first steps only, to train these. rows: text features, or
-        captions. latent: (B, C, H, W), what the tokens code; None: what they decode to.
+        captions. latent: (B, C, H, W), what the tokens code; None: what they decode to. plan: of all steps, where
+        pictures have another shape than the model's own.
         """
-        plan = self.plan if len(tokens) == len(self.plan) else replace(self.plan, steps=self.plan.steps[:len(tokens)])
-        tokens, reads = self.forced(tokens, self.generator.training, latent)
+        all_steps = plan or self.plan
+        plan = replace(all_steps, steps=all_steps.steps[:len(tokens)])
+        tokens, reads = self.forced(tokens, self.generator.training, latent, all_steps)
         cond = self.dropped(rows, label_dropout, part_dropout)
         return teacher_forcing_loss(self.generator, self.head, plan, tokens, reads, cond, step_weights, label_smoothing)
 
-    def forced(self, tokens: Sequence[Tensor], correct: bool = False,
-               latent: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+    def forced(self, tokens: Sequence[Tensor], correct: bool = False, latent: Tensor | None = None,
+               plan: Plan | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         if not (correct and self.config.correction.strength > 0):
-            return super().forced(tokens)
-        if latent is None and len(tokens) < len(self.plan):
+            return super().forced(tokens, plan=plan)
+        plan = plan or self.plan
+        if latent is None and len(tokens) < len(plan):
             raise InputError("self-correction: the first scales alone don't say what the whole latent is; cache "
                              "latents beside the tokens, or train all scales")
         quantiser, scales = self.tokenizer.quantiser, len(tokens)
         with torch.no_grad():
-            canvas = Canvas.empty(self.plan, quantiser, len(tokens[0]), self.device)
+            canvas = Canvas.empty(plan, quantiser, len(tokens[0]), self.device)
             whole = pyramid.replay(list(tokens), canvas).canvas.value if latent is None else latent
             found = corrupted(quantiser, whole, canvas, self.config.correction)
         return found.tokens[:scales], found.reads[:scales]
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
-        plan = replace(self.plan, steps=self.plan.steps[:steps])
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        plan = plan or self.plan
         head = (pictures * plan.length, self.config.generator.width, 2 * self.head.bits, 1, 1, 1.0)
         return [*self.generator.products(plan, pictures), head]
 
@@ -288,6 +301,15 @@ class Infinity(TextConditionalSystem):
                 tensor = torch.cat([kept, self.text.null[len(kept):].detach().to(kept)])
             found[name] = tensor
         return found
+
+
+def scales_of(plan: Plan, ratio: float) -> tuple[tuple[int, int], ...]:
+    """The schedule of a published aspect ratio (height / width) with about as many cells as a plan has: the published
+    one, or the plan's own scales stretched where they are others."""
+    if plan.grids == RATIOS[1.0][:len(plan)]:
+        return RATIOS[ratio][:len(plan)]
+    side = (plan.grid[0] * plan.grid[1]) ** 0.5
+    return plan.scales_to((max(1, round(side * ratio**0.5)), max(1, round(side / ratio**0.5))))
 
 
 _BLOCK = r"blocks\.(\d+)\."

@@ -63,8 +63,8 @@ class MVAR(ClassConditionalSystem):
         initialise_scans(self.generator)
         return self
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
-        return self.products_of_plan(pictures, steps)
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        return self.products_of_plan(pictures, plan)
 
     # Published weights
 

@@ -81,5 +81,5 @@ class SRDD(ClassConditionalSystem):
                                 head=Resampling(self.head, used.resample, used.resample_below))
         return sample_steps(model, run, guidance, self.filters(used), hooks, soft)
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
-        return self.products_of_plan(pictures, steps)
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        return self.products_of_plan(pictures, plan)

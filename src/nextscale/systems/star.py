@@ -234,9 +234,9 @@ class STAR(TextConditionalSystem):
         """The un-embedded input of every step, from the tokens of those before."""
         return self.forced(tokens)[1]
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """Those of the base's training without dropping; none are told for others."""
-        return self.products_of_plan(pictures, steps) if self.part == "base" and not self.config.dropping.keep else []
+        return self.products_of_plan(pictures, plan) if self.part == "base" and not self.config.dropping.keep else []
 
     # Published weights
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nextscale.acceleration.litevar import quantise
 from nextscale.canvas import Canvas
 from nextscale.context import Hook
+from nextscale.data.buckets import Bucket
 from nextscale.devices import free_memory
 from nextscale.errors import InputError
 from nextscale.heads.categorical import Filter
@@ -161,6 +162,17 @@ class System(nn.Module):
         """The cells (1, L, 3) of a plan's rows where steps predict a part of theirs; None: the plan's own."""
         return None
 
+    @classmethod
+    def schedules(cls, tokenizer: TokenizerConfig, largest_ratio: float, multiple: int) -> dict[Bucket, Schedule]:
+        """The shapes of pictures that a training may have, (height, width) in pixels, each with its schedule.
+
+        largest_ratio: of the longer to the shorter side; multiple: of what sides are multiples, in pixels, where the
+        system has no ratios of its own. ``loss`` of a system that has several takes a ``plan``. Raises InputError where
+        it has one shape only.
+        """
+        raise InputError(f"{cls.__name__} trains on pictures of one shape; leave data.largest_ratio at 1, or use a "
+                         "system that draws several, infinity or flexvar")
+
     def plan_of(self, schedule: Schedule | None) -> Plan:
         """The plan of a generation: the model's own, or that of other grids where the system can follow one.
 
@@ -179,14 +191,15 @@ class System(nn.Module):
         """The tokens of a run as ``decode`` takes them."""
         return run.tokens
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
-        """The matrix products of a training pass over the first ``steps`` steps: (n, k, m, how many, batch, share of
-        the arithmetic that the visibility asks for). None are told by default, see ``products_of_plan``."""
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        """The matrix products of a training pass over the steps of a plan, by default all of the system's own: (n, k,
+        m, how many, batch, share of the arithmetic that the visibility asks for). None are told by default, see
+        ``products_of_plan``."""
         return []
 
-    def products_of_plan(self, pictures: int, steps: int | None) -> list[tuple[int, int, int, int, int, float]]:
+    def products_of_plan(self, pictures: int, plan: Plan | None) -> list[tuple[int, int, int, int, int, float]]:
         """``products`` where training is one pass over the whole plan: the network's and the output layer's."""
-        plan = replace(self.plan, steps=self.plan.steps[:steps])
+        plan = plan or self.plan
         width, vocabulary = self.config.generator.width, self.config.tokenizer.vocabulary
         return [*self.generator.products(plan, pictures), (pictures * plan.length, width, vocabulary, 1, 1, 1.0)]
 
@@ -260,9 +273,14 @@ class System(nn.Module):
         """What of a training batch says what its pictures are of, as ``loss`` takes it."""
         return batch["labels"]
 
+    def training_plan(self, batch: Mapping[str, Any]) -> Plan:
+        """The plan of a training batch: of its schedule where batches differ in shape, see ``schedules``."""
+        return self.plan_of(batch["schedule"][0]) if "schedule" in batch else self.plan
+
     def training_options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What else ``loss`` takes of a training batch."""
-        return {"control": batch["control"]} if "control" in batch else {}
+        found = {"control": batch["control"]} if "control" in batch else {}
+        return found | ({"plan": self.training_plan(batch)} if "schedule" in batch else {})
 
     @property
     def token_shape(self) -> tuple[int, ...]:
@@ -275,9 +293,10 @@ class System(nn.Module):
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
             raise InputError(f"tokens: scale {step} has values outside 0..{vocabulary - 1}")
 
-    def training_tokens(self, cached: Tensor) -> list[Tensor]:
-        """The tokens of every step, (B, L_k), of a batch of a token cache, (B, L)."""
-        return list(cached.long().split([step.rows for step in self.plan], 1))
+    def training_tokens(self, cached: Tensor, plan: Plan | None = None) -> list[Tensor]:
+        """The tokens of every step of a plan (by default the system's own), (B, L_k), of a batch of a token cache,
+        (B, L)."""
+        return list(cached.long().split([step.rows for step in plan or self.plan], 1))
 
     # Sampling
 

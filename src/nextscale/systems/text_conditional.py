@@ -16,6 +16,7 @@ from nextscale.conditions.text_words import WordEncoder
 from nextscale.errors import InputError
 from nextscale.objectives.distillation import Direction, distillation_loss
 from nextscale.parallel import rand_pictures
+from nextscale.plan import Plan
 from nextscale.sampling.generation import Generation
 from nextscale.systems.system import Config, Schedule, System
 from nextscale.tokenizers import pyramid
@@ -161,28 +162,28 @@ class TextConditionalSystem(System):
         found: TextRows = self.text(features)
         return found
 
-    def forced(self, tokens: Sequence[Tensor], correct: bool = False,
-               latent: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+    def forced(self, tokens: Sequence[Tensor], correct: bool = False, latent: Tensor | None = None,
+               plan: Plan | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         """What a training pass predicts, and the un-embedded input of every step. correct, latent: for systems that
-        train on corrupted input."""
+        train on corrupted input; plan: of all steps, where it isn't the model's own."""
         with torch.no_grad():
-            canvas = Canvas.empty(self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
+            canvas = Canvas.empty(plan or self.plan, self.tokenizer.quantiser, len(tokens[0]), self.device)
             return list(tokens), pyramid.replay(list(tokens), canvas).reads
 
     def distillation_loss(self, teacher: TextConditionalSystem, tokens: Sequence[Tensor], rows: tuple[Any, Any],
                           label_dropout: float = 0.1, step_weights: Sequence[float] | None = None,
-                          direction: Direction = "teacher-student", correct: bool = False,
+                          direction: Direction = "teacher-student", correct: bool = False, plan: Plan | None = None,
                           **options: Any) -> tuple[Tensor, ...]:
         """How far this system's distributions of all tokens are from those of a teacher of the same tokenizer, see
         ``nextscale.objectives.distillation``. rows: captions or features, for this system and for the teacher, who drop
         those of the same pictures; correct, options: as ``forced`` has them."""
-        tokens, reads = self.forced(tokens, correct, **options)
+        tokens, reads = self.forced(tokens, correct, plan=plan, **options)
         gone_B = rand_pictures(len(tokens[0]), device=self.device) < label_dropout if label_dropout else None
         with torch.no_grad():
             taught = teacher.conditioned(rows[1], gone_B)
         conditions = self.conditioned(rows[0], gone_B), taught
-        return distillation_loss(self, teacher, self.plan, tokens, reads, conditions,
-                                 step_weights or (1.0,) * len(self.plan), direction,
+        return distillation_loss(self, teacher, plan or self.plan, tokens, reads, conditions,
+                                 step_weights or (1.0,) * len(plan or self.plan), direction,
                                  self.further_divergence(teacher, tokens, conditions, direction))
 
     def further_divergence(self, teacher: Any, tokens: Sequence[Tensor], conditions: tuple[TextRows, TextRows],

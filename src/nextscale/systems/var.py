@@ -18,6 +18,7 @@ from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.var import VARGenerator, VARGeneratorConfig, initialise
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.hub import NameMap
+from nextscale.plan import Plan
 from nextscale.sampling.generation import Settings
 from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
@@ -61,8 +62,8 @@ class VAR(ClassConditionalSystem):
 
         return TOKENIZER_NAMES, GENERATOR_NAMES
 
-    def products(self, pictures: int, steps: int | None = None) -> list[tuple[int, int, int, int, int, float]]:
-        return self.products_of_plan(pictures, steps)
+    def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
+        return self.products_of_plan(pictures, plan)
 
 
 # Published sizes and settings

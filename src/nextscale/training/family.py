@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale import hub
 from nextscale.configuration import build
+from nextscale.data.token_buckets import BUCKETS
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.errors import InputError
 from nextscale.systems import folders
@@ -67,6 +68,9 @@ def train_member(member: Member) -> dict[str, Any]:
     if path.is_file():
         return hub.read_json(path)
     wanted = build(GeneratorTraining, member.recipe, "recipe")
+    if wanted.data.largest_ratio > 1 or (wanted.tokens and Path(wanted.tokens, wanted.data.split, BUCKETS).is_file()):
+        raise InputError("recipe: a scaling law counts the tokens of pictures of one shape; leave data.largest_ratio "
+                         "at 1, and name tokens without buckets")
     done = train_generator(member.recipe, member.out, resume=True)
     if done.stopped == "signal":
         raise InputError(f"{member.name} was stopped after step {done.step}; run the same command to go on")

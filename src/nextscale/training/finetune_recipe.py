@@ -23,7 +23,7 @@ from nextscale.training.adapters import AdapterConfig, AdapterFile
 from nextscale.training.classes import ClassChange, ClassNames, Initial, extend_classes, translate
 from nextscale.training.config import TrainConfig
 from nextscale.training.finetune import FinetuneTask, check_names, choose_trained, train_new_rows
-from nextscale.training.generator_recipe import sheet_of, whole_batch
+from nextscale.training.generator_recipe import plans_of, sheet_of, whole_batch
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.trainer import Trainer, TrainResult
@@ -102,7 +102,7 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     system.tokenizer.to(device)
     control = getattr(system.config, "control", None)
     kinds: tuple[str, ...] = () if control is None else control.cached
-    dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds)
+    dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds, system=type(system))
     change, classes = prepare(system, wanted, dataset.class_names)
     system.to(device)
     validation = None
@@ -116,7 +116,8 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     task = FinetuneTask(system, change, base, wanted.train.ema_decay > 0, label_dropout=wanted.label_dropout,
                         part_dropout=wanted.part_dropout, label_smoothing=wanted.label_smoothing,
                         checkpointing=wanted.checkpointing, compile=wanted.compile,
-                        validation=validation, sheet_labels=shown, sheet_control=maps)
+                        validation=validation, sheet_labels=shown, sheet_control=maps,
+                        plans=plans_of(system, dataset))
     trainer = Trainer(task, token_loader(dataset, wanted.data, wanted.train, kinds), wanted.train, out, resume)
     result = trainer.train()
     task.adopt(trainer.averaged_modules())

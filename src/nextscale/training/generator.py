@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
 from nextscale.errors import InputError
+from nextscale.plan import Plan
 from nextscale.systems.system import System
 from nextscale.training.prefix import Prefix
 from nextscale.training.task import Batch, Metrics, TrainingStep, decay_groups
@@ -21,11 +23,16 @@ from nextscale.training.utilisation import MatrixProduct, Utilisation
 NO_DECAY = ("start", "position", "modulation_offset", "scale_1H11", "bias", "null", "query")
 
 
+COMPILED = 8
+"""Graphs that the compiler may make of a network beside those of training."""
+
+
 class GeneratorTask:
     """Trains a system's network by teacher forcing on batches of ``tokens`` (B, L) and ``labels`` (B, n).
 
     What of the system has no gradients stays as it is, in evaluation mode, and out of checkpoints. Batches have what
-    else the system wants: ``control`` maps (B, P, H, W) where a picture steers, ``caption`` where text does.
+    else the system wants: ``control`` maps (B, P, H, W) where a picture steers, ``caption`` where text does; and
+    ``schedule`` (the same B times) where batches differ in shape: splitting, weights and figures then go by its plan.
 
     label_dropout: share of pictures trained without labels, part_dropout: share trained without each further kind;
     label_smoothing: share of the target spread over all codes; step_weights: of every scale's rows in the loss (None:
@@ -33,9 +40,9 @@ class GeneratorTask:
     validation: a batch to measure on at every sample sheet; sheet_labels and sheet_control: what the sample sheets
     draw; prefix: when only the first scales are trained; checkpointing: keep blocks' inputs only and compute again in
     the backward pass; compile: ``auto`` compiles the network on CUDA, ``on`` everywhere, ``off`` nowhere; backend: what
-    compiles it.
+    compiles it; plans: those of batches that have a schedule.
 
-    Raises InputError where the step weights are not one a scale or all zero.
+    Raises InputError where the step weights are not one a scale, of every plan, or all zero.
     """
 
     phases: tuple[str, ...] = ("main",)
@@ -47,15 +54,14 @@ class GeneratorTask:
                  validation: Batch | None = None, sheet_labels: Any = None,
                  sheet_control: Tensor | None = None,
                  prefix: Prefix | None = None, checkpointing: bool = False,
-                 compile: Literal["auto", "on", "off"] = "auto", backend: str = "inductor"):
-        scales = len(system.plan)
-        if isinstance(step_weights, str):
-            power = {"equal": -1.0, "root": -0.5}[step_weights]
-            step_weights = tuple(step.rows**power for step in system.plan)
-        if step_weights is not None and (len(step_weights) != scales or min(step_weights) < 0
-                                         or not any(step_weights)):
-            raise InputError(f"step_weights: {len(step_weights)} are given for {scales} scales; give one a scale, none "
-                             "negative and not all zero")
+                 compile: Literal["auto", "on", "off"] = "auto", backend: str = "inductor",
+                 plans: Sequence[Plan] = ()):
+        self.plans = dict.fromkeys((system.plan, *plans))
+        for scales in dict.fromkeys(map(len, self.plans)):
+            if step_weights is not None and not isinstance(step_weights, str) and (
+                    len(step_weights) != scales or min(step_weights) < 0 or not any(step_weights)):
+                raise InputError(f"step_weights: {len(step_weights)} are given for {scales} scales; give one a scale, "
+                                 "none negative and not all zero")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
         self.system = system
@@ -63,7 +69,8 @@ class GeneratorTask:
         self.label_smoothing, self.step_weights = label_smoothing, step_weights
         self.validation, self.sheet_labels, self.sheet_control = validation, sheet_labels, sheet_control
         self.prefix = prefix or Prefix()
-        self.prefix.at(0.0, scales)
+        for plan in self.plans:
+            self.prefix.at(0.0, len(plan))
         self.compile, self.backend = compile, backend
         self._utilisation: Utilisation | None = None
         system.tokenizer.requires_grad_(False).eval()
@@ -92,22 +99,30 @@ class GeneratorTask:
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         if self._utilisation is None:
             self._begin()
-        scales, newest = self.prefix.at(at.progress, len(self.system.plan))
+        plan = self.system.training_plan(batch)
+        scales, newest = self.prefix.at(at.progress, len(plan))
         self.system.progress = at.progress
-        tokens = self.system.training_tokens(batch["tokens"])[:scales]
-        self._count(len(tokens[0]), scales)
-        weights = list(self.step_weights or (1.0,) * len(self.system.plan))[:scales]
+        tokens = self.system.training_tokens(batch["tokens"], plan)[:scales]
+        self._count(len(tokens[0]), replace(plan, steps=plan.steps[:scales]))
+        weights = self._weights(plan)[:scales]
         weights[-1] *= newest
         loss, by_step_K, right_K = self.system.loss(tokens, self.system.training_rows(batch), self.label_dropout,
                                                     self.part_dropout, weights, self.label_smoothing,
                                                     **self.system.training_options(batch))
         trained = [k for k, value in enumerate(by_step_K.tolist()) if not math.isnan(value)]
-        metrics = dict(self._figures(by_step_K, right_K, trained))
-        if len(trained) < len(self.system.plan):
+        metrics = dict(self._figures(by_step_K, right_K, trained, plan))
+        if len(trained) < len(plan):
             metrics["scales"] = float(len(trained))
         return loss, metrics
 
-    def _figures(self, by_step_K: Tensor, right_K: Tensor | None, steps: Sequence[int]) -> Metrics:
+    def _weights(self, plan: Plan) -> list[float]:
+        """What each row of every scale weighs."""
+        if isinstance(self.step_weights, str):
+            power = {"equal": -1.0, "root": -0.5}[self.step_weights]
+            return [step.rows**power for step in plan]
+        return list(self.step_weights or (1.0,) * len(plan))
+
+    def _figures(self, by_step_K: Tensor, right_K: Tensor | None, steps: Sequence[int], plan: Plan) -> Metrics:
         """Of every scale nats and accuracy where the system has a likelihood, else its loss; over all what there is to
         say of a whole picture."""
         if not self.system.likelihood:
@@ -115,40 +130,38 @@ class GeneratorTask:
         by_step_K = by_step_K * self.system.nats_of_loss
         metrics = _by_scale("nats", by_step_K, steps)
         if right_K is not None:
-            metrics |= {**_by_scale("accuracy", right_K, steps), "accuracy": self._over_rows(right_K)}
-        if len(steps) == len(self.system.plan):
-            metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K)
+            metrics |= {**_by_scale("accuracy", right_K, steps), "accuracy": _over_rows(right_K, plan)}
+        if len(steps) == len(plan):
+            metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K, plan)
         return metrics
 
     def _begin(self) -> None:
         """What hangs on the device, which is known when the first batch comes."""
         device = self.system.device
         if self.compile == "on" or (self.compile == "auto" and device.type == "cuda"):
+            # Every plan is a graph of its own; beyond its limit the compiler would leave the others as they are.
+            graphs = sum(len(plan) if self.prefix.share else 1 for plan in self.plans)
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, COMPILED + graphs)
             self.system.generator.compile(backend=self.backend, dynamic=False)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else next(self.system.head.parameters()).dtype
         self._utilisation = Utilisation(device, dtype)
 
-    def _count(self, pictures: int, scales: int) -> None:
+    def _count(self, pictures: int, plan: Plan) -> None:
         assert self._utilisation is not None
         with torch.random.fork_rng():  # the step's own draws stay what they are
-            self._utilisation.add((pictures, scales), lambda: [MatrixProduct(*p) for p in
-                                                               self.system.products(pictures, scales)])
+            self._utilisation.add((pictures, plan), lambda: [MatrixProduct(*p) for p in
+                                                             self.system.products(pictures, plan)])
 
-    def _over_rows(self, value_K: Tensor) -> Tensor:
-        """The mean over rows from means over each scale's rows; scales that are NaN don't count."""
-        rows_K = self._rows_K(value_K)[:len(value_K)] * ~value_K.isnan()
-        return (value_K.nan_to_num() * rows_K).sum() / rows_K.sum()
-
-    def _bits_per_dimension(self, by_step_K: Tensor) -> Tensor:
+    def _bits_per_dimension(self, by_step_K: Tensor, plan: Plan) -> Tensor:
         """Bits a colour value that coding the picture's tokens with this model would take."""
-        h, w = self.system.tokenizer.picture_size
-        return self._over_rows(by_step_K) * (self.system.plan.length / (math.log(2) * 3 * h * w))
-
-    def _rows_K(self, like: Tensor) -> Tensor:
-        return torch.tensor([step.rows for step in self.system.plan], device=like.device)
+        colours = 3 * plan.grid[0] * plan.grid[1] * self.system.tokenizer.config.factor**2
+        return _over_rows(by_step_K, plan) * (plan.length / (math.log(2) * colours))
 
     def after_step(self, at: TrainingStep) -> Metrics:
+        if self._utilisation is not None and at.rested:
+            self._utilisation.pause()
         used = None if self._utilisation is None else self._utilisation.step()
         # Utilisation counts the arithmetic of all gradients; frozen weights have none.
         whole = all(p.requires_grad for part in self.parts.values() for p in part.parameters())
@@ -156,8 +169,6 @@ class GeneratorTask:
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         """A sheet of samples from the averaged weights, and the loss on held-out pictures."""
-        if self._utilisation is not None:
-            self._utilisation.pause()
         with self._using(averaged):
             self.system.eval()
             if self.sheet_labels is not None:
@@ -200,9 +211,9 @@ class GeneratorTask:
                 if guessed_K is not None:
                     right_K += guessed_K.cpu() * share
         known = [k for k, value in enumerate(total_K.tolist()) if not math.isnan(value)]
-        found = dict(self._figures(total_K, None if guessed_K is None else right_K, known))
+        found = dict(self._figures(total_K, None if guessed_K is None else right_K, known, self.system.plan))
         found["nats_per_token" if self.system.likelihood else "loss"] = (
-            self._over_rows(total_K) * (self.system.nats_of_loss if self.system.likelihood else 1))
+            _over_rows(total_K, self.system.plan) * (self.system.nats_of_loss if self.system.likelihood else 1))
         return {f"held_out/{name}": float(value) for name, value in found.items()}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
@@ -210,6 +221,12 @@ class GeneratorTask:
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         return None
+
+
+def _over_rows(value_K: Tensor, plan: Plan) -> Tensor:
+    """The mean over a plan's rows from means over each step's rows; steps that are NaN don't count."""
+    rows_K = torch.tensor([step.rows for step in plan], device=value_K.device)[:len(value_K)] * ~value_K.isnan()
+    return (value_K.nan_to_num() * rows_K).sum() / rows_K.sum()
 
 
 def _by_scale(name: str, value_K: Tensor, scales: Sequence[int]) -> dict[str, Tensor | float]:

@@ -19,9 +19,10 @@ from nextscale.data.token_dataset import TokenDataset
 from nextscale.devices import choose_device
 from nextscale.errors import InputError, WeightsError
 from nextscale.objectives.distillation import Direction
+from nextscale.plan import Plan
 from nextscale.registry import weights_of
 from nextscale.systems import folders
-from nextscale.systems.system import Config
+from nextscale.systems.system import Config, System
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import same_codes
 from nextscale.training.config import TrainConfig
@@ -105,7 +106,8 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     # What is wrong with it is told before pictures are read.
     takes = folders.system_type(wanted.system).takes(system_config(wanted, tokenizer.config, ((),)))
     tokenizer.to(device)
-    dataset, held_out = training_tokens(wanted, tokenizer, out, kinds, **takes)
+    dataset, held_out = training_tokens(wanted, tokenizer, out, kinds, **takes,
+                                        system=folders.system_type(wanted.system))
     names = tuple(tuple(kind) for kind in dataset.class_names)
     config = system_config(wanted, tokenizer.config, names)
     torch.manual_seed(wanted.train.seed)
@@ -133,7 +135,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     system.to(device)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
                          wanted.step_weights, validation, labels, maps, wanted.prefix, wanted.checkpointing,
-                         wanted.compile)
+                         wanted.compile, plans=plans_of(system, dataset))
     loader = token_loader(dataset, wanted.data, wanted.train, kinds, **takes)
     trainer = Trainer(task, loader, wanted.train, out, resume)
     result = trainer.train()
@@ -141,6 +143,16 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
         setattr(system, name, module)
     parallel.on_main(lambda: folders.save(system, out / "model", tokenizer_dtype=torch.float32))
     return result
+
+
+def plans_of(system: System, dataset: TokenDataset) -> list[Plan]:
+    """The plans of a cache's buckets, none where it has one shape. Raises InputError where the system can't follow
+    them."""
+    try:
+        return [] if dataset.bucket_of is None else [system.plan_of(job.grids) for job in dataset.jobs]
+    except InputError as error:
+        raise InputError(f"{dataset.folder} has buckets of several shapes, which this {system.config.slug} can't "
+                         f"follow ({error}); name tokens of one shape") from None
 
 
 def whole_batch(pictures: TokenDataset, control: Sequence[str] = (), captions: bool = False,

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from nextscale.data import (
     aspect_buckets,
     open_dataset,
 )
+from nextscale.data.buckets import Bucket
 from nextscale.data.crops import CROP_AREA, RANDOM_CROPS, Crop, check_crop
 from nextscale.data.datasets import terminal_report
 from nextscale.data.orders import Order
@@ -44,8 +46,10 @@ class DataRecipe:
         crop: how pictures are cut, see ``nextscale.data.crops``; held-out ones are cut from the middle where it is
             random.
         crop_area: least share of the area that ``random-resized`` keeps.
-        largest_ratio: of the longer to the shorter side of aspect-ratio buckets; 1 for squares alone. Tokenizers only.
-        bucket_multiple: sides of buckets are multiples of it, in pixels; the tokenizer's factor divides it.
+        largest_ratio: of the longer to the shorter side of aspect-ratio buckets; 1 for squares alone. For tokenizers,
+            and for systems that draw several shapes (``System.schedules``).
+        bucket_multiple: sides of buckets are multiples of it, in pixels; the tokenizer's factor divides it. Infinity's
+            buckets are its own.
         workers: threads that prepare batches.
         allow_empty_classes: train although classes have no picture.
         caption_field: column or field that holds captions, as ``open_dataset`` takes it; "" for the usual ones.
@@ -106,9 +110,12 @@ def check_size(model: TokenizerConfig, data: DataRecipe) -> None:
                          f"tokenizer's factor {factor}")
 
 
-def open_splits(data: DataRecipe) -> tuple[PictureDataset, PictureDataset | None]:
-    """The pictures to train on and the held-out ones, None where the recipe or the set has none."""
-    buckets = aspect_buckets(data.size, data.largest_ratio, data.bucket_multiple) if data.largest_ratio > 1 else None
+def open_splits(data: DataRecipe,
+                buckets: Sequence[Bucket] | None = None) -> tuple[PictureDataset, PictureDataset | None]:
+    """The pictures to train on and the held-out ones, None where the recipe or the set has none. buckets: of the
+    former, in the place of those that the recipe means; held-out ones are all of one size."""
+    if buckets is None and data.largest_ratio > 1:
+        buckets = aspect_buckets(data.size, data.largest_ratio, data.bucket_multiple)
     field = data.caption_field or None
     dataset = open_dataset(data.spec, data.size, data.split, report=terminal_report, crop=data.crop,
                            crop_area=data.crop_area, buckets=buckets, caption_field=field)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
-"""What a step trains on, by name: tensors with a row a picture, and lists of texts with one a picture."""
+"""What a step trains on, by name: tensors with a row a picture, and lists (of texts, of schedules) with an entry a
+picture."""
 Metrics = Mapping[str, "float | Tensor"]
 
 
@@ -24,6 +25,7 @@ class TrainingStep:
         progress: share done, in [0, 1]; by wall time where that is ahead.
         epoch: of the first picture here.
         seed: the training's.
+        rested: whether samples were drawn between the step before and this one, in whichever process.
     """
 
     step: int
@@ -31,6 +33,7 @@ class TrainingStep:
     progress: float
     epoch: int
     seed: int
+    rested: bool = False
 
 
 class Task(Protocol):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nextscale import parallel
-from nextscale.data import ClassBalancedOrder, ShuffledOrder
+from nextscale.data import BucketOrder, ClassBalancedOrder, ShuffledOrder
 from nextscale.data.crops import RANDOM_CROPS
 from nextscale.data.orders import Order
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.data.token_loader import TokenLoader
 from nextscale.errors import DataError, InputError
+from nextscale.systems.system import System
 from nextscale.training.config import TrainConfig
 from nextscale.training.recipes import DataRecipe, check_size, open_splits
 from nextscale.training.token_progress import TokenProgress
@@ -32,12 +33,14 @@ class TokenRecipe(Protocol):
 
 
 def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path, control: Sequence[str] = (),
-                    captions: bool = False, latents: bool = False) -> tuple[TokenDataset, TokenDataset | None]:
+                    captions: bool = False, latents: bool = False, system: type[System] = System
+                    ) -> tuple[TokenDataset, TokenDataset | None]:
     """Tokens to train on and held-out ones, None where there are none.
 
     Without ``recipe.tokens`` the pictures of ``recipe.data`` are tokenized into ``out/tokens/`` first, by all
     processes of the launch together; with it the pictures are not looked at. To have beside the tokens: control: kinds
-    of control maps; captions: of every picture, which then needs no class; latents: what the encoder gave.
+    of control maps; captions: of every picture, which then needs no class; latents: what the encoder gave. system:
+    which says the shapes that pictures may have; held-out ones have the tokenizer's own.
 
     Raises:
         InputError: the cache is another tokenizer's, or lacks what is asked for, mirrored versions among it; or the
@@ -69,13 +72,16 @@ def training_tokens(recipe: TokenRecipe, tokenizer: Tokenizer, out: Path, contro
     if data.crop in RANDOM_CROPS:
         raise InputError(f"recipe: data.crop is {data.crop!r}, but a training's own tokens have one crop a picture; "
                          f"make tokens with `nextscale tokenize --crop {data.crop} --crops 8` and name their folder")
-    pictures, held_out_pictures = open_splits(data)
+    schedules = None
+    if data.largest_ratio > 1:
+        schedules = system.schedules(tokenizer.config, data.largest_ratio, data.bucket_multiple)
+    pictures, held_out_pictures = open_splits(data, None if schedules is None else list(schedules))
     if not captions and not (pictures.class_names and data.allow_empty_classes):
         pictures.need_classes()
     with TokenProgress(pictures.split, parallel.is_main()) as report:
         flips = data.flip and not pictures.left_right_matters
         dataset = cached_tokens(tokenizer, pictures, out / "tokens" / pictures.split, flips, data.workers, report,
-                                control, captions, latents)
+                                control, captions, latents, schedules)
     if held_out_pictures is None:
         return dataset, None
     with TokenProgress(held_out_pictures.split, parallel.is_main()) as report:
@@ -97,9 +103,12 @@ def _need_classes(dataset: TokenDataset, data: DataRecipe) -> None:
 
 def token_loader(dataset: TokenDataset, data: DataRecipe, train: TrainConfig, control: Sequence[str] = (),
                  captions: bool = False, latents: bool = False) -> TokenLoader:
-    """Batches of a cache in the recipe's order; each process reads its share of a batch. control, captions, latents:
-    what of the cache batches have beside tokens and labels."""
-    order: Order = (ClassBalancedOrder(dataset.labels[:, 0], train.seed) if data.balanced and dataset.class_names
-                    else ShuffledOrder(len(dataset), train.seed))
+    """Batches of a cache in the recipe's order, by buckets where it has several shapes; each process reads its share of
+    a batch. control, captions, latents: what of the cache batches have beside tokens and labels."""
+    order: Order = ShuffledOrder(len(dataset), train.seed)
+    if dataset.bucket_of is not None:
+        order = BucketOrder(dataset.bucket_of, train.seed)
+    elif data.balanced and dataset.class_names:
+        order = ClassBalancedOrder(dataset.labels[:, 0], train.seed)
     return TokenLoader(dataset, order, train.batch_size, train.seed, parallel.rank(), parallel.world(), control,
                        captions, latents)

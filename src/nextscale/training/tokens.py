@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import islice
@@ -24,23 +24,24 @@ from torch import Tensor
 from nextscale import parallel
 from nextscale.canvas import Canvas
 from nextscale.data import PictureDataset
+from nextscale.data.buckets import Bucket
 from nextscale.data.captions import captions_fingerprint
 from nextscale.data.controls import CONTROLS, check_kinds, make_controls
 from nextscale.data.crops import RANDOM_CROPS
+from nextscale.data.token_buckets import begin_buckets, caches_in, is_cache, read_manifests, refuse_buckets
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.data.token_shards import (
-    MANIFEST,
     TokenJob,
     begin,
     check_shard,
     clear_leftovers,
     fingerprint_of,
     finish,
-    read_manifest,
     shard_file,
     write_shard,
 )
 from nextscale.errors import DataError, InputError
+from nextscale.plan import Plan
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.tokenizer import MAKES_CODES, STATISTICS
 
@@ -79,17 +80,21 @@ def _chosen(config: Any) -> Any:
 
 def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flips: bool = False,
              shard_pictures: int = 4096, control: Sequence[str] = (), captions: bool = False,
-             latents: bool = False) -> TokenJob:
-    """The job of tokenizing a data set, which was opened at the tokenizer's picture size.
+             latents: bool = False, schedule: Sequence[tuple[int, int]] | None = None) -> TokenJob:
+    """The job of tokenizing a data set, which was opened at the tokenizer's picture size, or at that of a schedule.
 
     Raises:
         InputError: what was asked for doesn't go with the tokenizer or the pictures.
         DataError: captions were asked for, and pictures have none.
     """
     size, name = tokenizer.picture_size, dataset.source.name
+    grids, width, bits = _cached(tokenizer)
+    if schedule is not None:
+        grids, (h, w) = tuple(schedule), schedule[-1]
+        size = h * tokenizer.config.factor, w * tokenizer.config.factor
     if dataset.size != size or dataset.buckets is not None:
-        raise InputError(f"{name}: the tokenizer takes pictures of {size[0]}x{size[1]} pixels and a cache one size "
-                         "only; open the data set at that size, without buckets")
+        raise InputError(f"{name}: the tokenizer takes pictures of {size[0]}x{size[1]} pixels; open the data set at "
+                         "that size, or in buckets that have a schedule each")
     if latents and tokenizer.config.continuous:
         raise InputError("the tokenizer's tokens are latents already, their means and variances; leave latents out")
     if crops < 1 or shard_pictures < 1:
@@ -108,7 +113,6 @@ def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flip
         dataset.need_captions()
         told = captions_fingerprint(dataset.captions(place) for place in range(len(dataset)))
     names = tuple(tuple(kind) for kind in dataset.class_names)
-    grids, width, bits = _cached(tokenizer)
     return TokenJob(tokenizer_hash(tokenizer), grids, tokenizer.config.vocabulary, size,
                     Path(name).name, dataset.split, len(dataset), fingerprint_of(dataset.rows, dataset.labels, names),
                     names, dataset.crop, dataset.crop_area, crops, flips, shard_pictures, width,
@@ -125,18 +129,20 @@ def _cached(tokenizer: Tokenizer) -> tuple[tuple[tuple[int, int], ...], int, int
 
 
 @torch.no_grad()
-def encode(tokenizer: Tokenizer, pixels: np.ndarray, latents: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, L), or bits (B, L, d), of pictures uint8 (B, 3, H, W), all scales, coarse to fine; moments (B, L, 2C)
-    of Gaussian latents. With ``latents`` also the latents (B, h w, C) in float16 that the tokens are of: what was
-    rounded is coded, so that coding a cached latent again gives the cached tokens."""
+def encode(tokenizer: Tokenizer, pixels: np.ndarray, latents: bool = False,
+           plan: Plan | None = None) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, L), or bits (B, L, d), of pictures uint8 (B, 3, H, W), all scales of a plan (the tokenizer's own by
+    default), coarse to fine; moments (B, L, 2C) of Gaussian latents. With ``latents`` also the latents (B, h w, C) in
+    float16 that the tokens are of: what was rounded is coded, so that coding a cached latent again gives the cached
+    tokens."""
     device = next(tokenizer.parameters()).device
     pictures = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float() / 127.5 - 1
     if tokenizer.config.continuous:
         return tokenizer.cached_moments(pictures).cpu(), None
     if not latents:
-        return torch.cat(tokenizer.encode(pictures).tokens, 1).cpu(), None
+        return torch.cat(tokenizer.encode(pictures, plan).tokens, 1).cpu(), None
     latent = tokenizer.latent(pictures).half()
-    canvas = Canvas.empty(tokenizer.plan, tokenizer.quantiser, len(pictures), device)
+    canvas = Canvas.empty(plan or tokenizer.plan, tokenizer.quantiser, len(pictures), device)
     found = pyramid.encode(latent.float(), canvas, lambda k, z: tokenizer.quantiser.quantise(z))
     return torch.cat(found.tokens, 1).cpu(), latent.flatten(2).transpose(1, 2).cpu()
 
@@ -144,12 +150,13 @@ def encode(tokenizer: Tokenizer, pixels: np.ndarray, latents: bool = False) -> t
 def tokenize(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, crops: int = 1, flips: bool = False,
              shard_pictures: int = 4096, batch_size: int = 64, workers: int = 2, rank: int = 0, world: int = 1,
              report: ShardReport | None = None, control: Sequence[str] = (), captions: bool = False,
-             latents: bool = False) -> bool:
+             latents: bool = False, schedules: Mapping[Bucket, Sequence[tuple[int, int]]] | None = None) -> bool:
     """Make this process's shards of a cache, those that are not there yet; says whether the whole cache is complete.
 
     workers: threads that decode pictures; rank, world: this process makes shards ``rank, rank + world, ...``; a job
     that was killed may go on with another world. To keep beside the tokens: control: kinds of control maps; captions:
-    all of each picture; latents: what the encoder gave, in float16.
+    all of each picture; latents: what the encoder gave, in float16. schedules: of the buckets that the data set was
+    opened in, coarse to fine; each that has pictures gets a cache of its own.
 
     Raises:
         InputError: the folder holds another job's tokens, or numbers out of range.
@@ -158,24 +165,35 @@ def tokenize(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, crops:
     if batch_size < 1 or workers < 1 or not 0 <= rank < world:
         raise InputError(f"batch size {batch_size} and workers {workers} must be at least 1, rank {rank} in "
                          f"0..{world - 1}")
-    job = describe(tokenizer, dataset, crops, flips, shard_pictures, control, captions, latents)
+    sets = dict[Bucket, PictureDataset]() if schedules is None else dataset.in_buckets()
+    parts = [*sets.values()] if sets else [dataset]
+    jobs = [describe(tokenizer, part, crops, flips, shard_pictures, control, captions, latents,
+                     None if schedules is None else schedules.get(part.size)) for part in parts]
     broken_before = list(dataset.skipped)
-    begin(folder, job)
+    if sets:
+        folders = begin_buckets(folder, list(sets))
+    else:
+        refuse_buckets(folder)
+        folders = [folder]
     tokenizer.eval()
     missing = []
-    for shard in range(rank, job.shards, world):
-        clear_leftovers(folder, shard)
-        if (folder / shard_file(shard)).is_file():
-            check_shard(folder / shard_file(shard), job, shard)
-        else:
-            missing.append(shard)
-    total, done = sum(len(job.range_of(shard)) for shard in missing), 0
-    for shard in missing:
-        for count in _make_shard(tokenizer, dataset, folder, job, shard, batch_size, workers):
+    for number, (place, part, job) in enumerate(zip(folders, parts, jobs, strict=True)):
+        begin(place, job)
+        # Each bucket begins with another process, so that many small ones are work for all.
+        for shard in range((rank - number) % world, job.shards, world):
+            clear_leftovers(place, shard)
+            if (place / shard_file(shard)).is_file():
+                check_shard(place / shard_file(shard), job, shard)
+            else:
+                missing.append((place, part, job, shard))
+    total, done = sum(len(job.range_of(shard)) for _, _, job, shard in missing), 0
+    for place, part, job, shard in missing:
+        for count in _make_shard(tokenizer, part, place, job, shard, batch_size, workers):
             done += count
             if report is not None:
                 report(done, total)
-    return finish(folder, job, broken_before) is not None
+    found = [finish(place, job, broken_before) for place, job in zip(folders, jobs, strict=True)]
+    return None not in found
 
 
 def _make_shard(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, job: TokenJob, shard: int,
@@ -188,12 +206,13 @@ def _make_shard(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, job
     maps: list[Tensor] = []
     latents: list[Tensor] = []
     kept, skipped = [], []
+    plan = None if tokenizer.config.continuous else Plan.scales(job.grids)
     reads = _read_ahead(dataset, [(batch, crop) for batch in batches for crop in range(job.crops)], workers)
     for asked in batches:
         versions, controls, encoded, good = [], [], [], np.ones(len(asked), dtype=bool)
         for pixels, places in islice(reads, job.crops):
             for version in (pixels, pixels[..., ::-1])[:1 + job.flips]:
-                coded, latent = encode(tokenizer, version[:, :3], job.latents > 0)
+                coded, latent = encode(tokenizer, version[:, :3], job.latents > 0, plan)
                 versions.append(job.stored(coded))
                 if latent is not None:
                     encoded.append(latent)
@@ -233,14 +252,16 @@ def _read_ahead(dataset: PictureDataset, wanted: Sequence[tuple[np.ndarray, int]
                 future.cancel()
 
 
-def check_fits(folder: Path, job: TokenJob, tokenizer: Tokenizer) -> None:
-    """Raises InputError where a cache was not made by this very tokenizer, naming the first thing that differs."""
+def check_fits(folder: Path, job: TokenJob, tokenizer: Tokenizer, own_schedule: bool = True) -> None:
+    """Raises InputError where a cache was not made by this very tokenizer, naming the first thing that differs.
+    own_schedule: whether it must be of the tokenizer's own schedule, as all but caches of several shapes are."""
     config, fingerprint = tokenizer.config, tokenizer_hash(tokenizer)
-    pairs = (("the schedule", _sides(job.grids), _sides(_cached(tokenizer)[0])),
-             ("tokens of", _kind(job.bits), _kind(_cached(tokenizer)[2])),
+    pairs = [("tokens of", _kind(job.bits), _kind(_cached(tokenizer)[2])),
              ("the vocabulary", str(job.vocabulary), str(config.vocabulary)),
-             ("pictures of", "{}x{}".format(*job.picture_size), "{}x{}".format(*tokenizer.picture_size)),
-             ("the fingerprint", job.tokenizer, fingerprint))
+             ("the fingerprint", job.tokenizer, fingerprint)]
+    if own_schedule:
+        pairs[:0] = [("the schedule", _sides(job.grids), _sides(_cached(tokenizer)[0]))]
+        pairs.insert(3, ("pictures of", "{}x{}".format(*job.picture_size), "{}x{}".format(*tokenizer.picture_size)))
     for what, theirs, ours in pairs:
         if theirs != ours:
             raise InputError(f"{folder}: these tokens were made by another tokenizer, with {what} {theirs} and not "
@@ -272,12 +293,14 @@ def own_device(name: str) -> str:
 
 def cached_tokens(tokenizer: Tokenizer, dataset: PictureDataset, folder: Path, flips: bool = False, workers: int = 1,
                   report: ShardReport | None = None, control: Sequence[str] = (), captions: bool = False,
-                  latents: bool = False) -> TokenDataset:
+                  latents: bool = False, schedules: Mapping[Bucket, Sequence[tuple[int, int]]] | None = None
+                  ) -> TokenDataset:
     """A training's own cache: made where it isn't there, by all processes of the launch together."""
     if not tokenize(tokenizer, dataset, folder, flips=flips, workers=workers, rank=parallel.rank(),
-                    world=parallel.world(), report=report, control=control, captions=captions, latents=latents):
+                    world=parallel.world(), report=report, control=control, captions=captions, latents=latents,
+                    schedules=schedules):
         # torchrun ends every process when one dies, so this can't outlive the one that it waits for.
-        while not (folder / MANIFEST).is_file():
+        while not is_cache(folder):
             time.sleep(_POLL_SECONDS)
     return TokenDataset(folder)
 
@@ -290,7 +313,7 @@ def open_tokens(folder: Path, tokenizer: Tokenizer, split: str,
         DataError: no such cache, not complete, damaged.
         InputError: made by another tokenizer.
     """
-    found = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    found = sorted(path.name for path in folder.glob("*") if is_cache(path))
     if not (folder / split).is_dir():
         there = f"it has {', '.join(found)}" if found else "it holds no tokens"
         raise DataError(f"{folder} has no tokens of split {split!r}, {there}; make them with `nextscale tokenize`")
@@ -298,7 +321,9 @@ def open_tokens(folder: Path, tokenizer: Tokenizer, split: str,
     names = [split] if held_out is None else [split, held_out]
     # What is wrong with either is told before the long reading of both.
     for name in names:
-        check_fits(folder / name, read_manifest(folder / name).job, tokenizer)
+        manifests = read_manifests(folder / name)
+        for manifest in manifests:
+            check_fits(folder / name, manifest.job, tokenizer, own_schedule=caches_in(folder / name) == [folder / name])
     caches = [TokenDataset(folder / name) for name in names]
     if len(caches) > 1 and caches[0].class_names != caches[1].class_names:
         raise InputError(f"{folder}: {split} and {held_out} have other classes; tokenize both from the same data set")

@@ -102,7 +102,7 @@ class Trainer:
         self._limit = math.inf if config.minutes is None else config.minutes * 60
         self._window: list[dict[str, float | Tensor]] = []
         self._window_seconds = 0.0
-        self._asked_to_stop = self._stopping = False
+        self._asked_to_stop = self._stopping = self._rested = False
         self.resumed_from: Path | None = None
         self._changed: list[str] = []
         steps = parallel.gather(torch.tensor([int(found.name[5:]) if found else -1])).tolist()
@@ -226,7 +226,7 @@ class Trainer:
 
     def _at(self, step: int, epoch: int) -> TrainingStep:
         progress = min(1.0, max(step / self.config.steps, self.seconds / self._limit))
-        return TrainingStep(step, self.config.steps, progress, epoch, self.config.seed)
+        return TrainingStep(step, self.config.steps, progress, epoch, self.config.seed, self._rested)
 
     def _advance(self, batch: Batch) -> TrainingStep:
         """One optimiser step of every phase."""
@@ -251,6 +251,7 @@ class Trainer:
         metrics.update(self.task.after_step(at))
         self._window.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()})
         self.step += 1
+        self._rested = False
         return at
 
     def _gradients(self, batch: Batch, at: TrainingStep) -> dict[str, float | Tensor]:
@@ -344,6 +345,7 @@ class Trainer:
         parallel.on_main(lambda: self._draw_samples(journal, at, modules))
         for module in self.task.modules.values():
             module.train()
+        self._rested = True
 
     def _draw_samples(self, journal: Silence, at: TrainingStep, modules: dict[str, nn.Module]) -> None:
         folder = self.out / "samples"

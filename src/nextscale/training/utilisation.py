@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,17 +77,17 @@ class Utilisation:
     """Share of the measured rate of matrix products that the steps of a training reach: the time that their products
     would take alone over the time that the steps took, data loading and optimiser included.
 
-    The rate is measured once for every number of pictures and scales, on the first step that has it.
+    The rate is measured once for every number of pictures and plan, on the first step that has it.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._alone: dict[tuple[int, int], float] = {}
+        self._alone: dict[Hashable, float] = {}
         self._needed = 0.0
         self._since: float | None = None
 
-    def add(self, key: tuple[int, int], products: Callable[[], Sequence[MatrixProduct]]) -> None:
-        """Counts one forward and backward pass; ``key``: its pictures and scales, which ``products`` follow from."""
+    def add(self, key: Hashable, products: Callable[[], Sequence[MatrixProduct]]) -> None:
+        """Counts one forward and backward pass; ``key``: its pictures and plan, which ``products`` follow from."""
         if key not in self._alone:
             self._alone[key] = products_seconds(products(), self.device, self.dtype)
             self._since = None  # a step in which the machine was measured is not one to measure
