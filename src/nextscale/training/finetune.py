@@ -22,7 +22,14 @@ def check_names(system: nn.Module, targets: Sequence[str] | None, frozen: Sequen
     if targets is not None:
         target_names(system, targets)
     choose_trained(system, False, frozen)
-    choose_trained(system, targets is not None, also=(*also, "labels"))
+    beside = (*also, *class_tables(system))
+    if beside:  # without any, adapters alone train, which are not there yet
+        choose_trained(system, targets is not None, also=beside)
+
+
+def class_tables(system: nn.Module) -> tuple[str, ...]:
+    """What trains beside adapters in any case, as a pattern: the class tables, which text systems don't have."""
+    return ("labels",) if hasattr(system, "labels") else ()
 
 
 def choose_trained(system: nn.Module, adapters: bool, frozen: Sequence[str] = (), also: Sequence[str] = ()) -> None:
@@ -74,11 +81,11 @@ class Trained(nn.Module):
 class FinetuneTask(GeneratorTask):
     """``GeneratorTask`` on the trainable part of a system; labels of the data become labels of the model.
 
-    base: fingerprint of the weights that the training began with, which a resumed one must begin with too; average:
+    change: what became of its classes, None where text steers; base: fingerprint of the weights that the training began with, which a resumed one must begin with too; average:
     whether an average of the trained weights is kept.
     """
 
-    def __init__(self, system: Any, change: ClassChange, base: str, average: bool = True, **settings: Any):
+    def __init__(self, system: Any, change: ClassChange | None, base: str, average: bool = True, **settings: Any):
         trained = [parameter for parameter in system.parameters() if parameter.requires_grad]
         super().__init__(system, **settings)  # stops all of the tokenizer's gradients
         self.change, self.base, self.average = change, base, average
@@ -101,8 +108,9 @@ class FinetuneTask(GeneratorTask):
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         for part in self.parts.values():
             part.train()
-        labels = translate(batch["labels"], self.change, self.system.config.classes)
-        return super().loss(phase, {**batch, "labels": labels}, at)
+        if self.change is not None:
+            batch = {**batch, "labels": translate(batch["labels"], self.change, self.system.config.classes)}
+        return super().loss(phase, batch, at)
 
     def samples(self, out: Path, at: TrainingStep, averaged: dict[str, nn.Module]) -> Metrics | None:
         # Where the base is held in bf16 and some layers train in float32, only autocast makes them meet.
