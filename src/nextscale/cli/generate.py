@@ -106,7 +106,7 @@ def generate(
       nextscale generate --model emoji-64 --out out/sample.png
       nextscale generate --label animal-mammal/noto --label plant/twemoji --count 8 --out out/two.png
       nextscale generate "a red apple" "a sleeping cat" --model runs/text/model --ratio 4:3 --out out/two.png
-      nextscale generate --benchmark geneval --prompts evaluation_metadata.jsonl --model runs/text/model --out out/geneval
+      nextscale generate --benchmark geneval --prompts metadata.jsonl --model runs/text/model --out out/geneval
       nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
       nextscale generate --model runs/car/model --control photo.png --control-kind canny --label 3 --out out/one.png
     """

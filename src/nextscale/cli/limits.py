@@ -55,7 +55,8 @@ def limits(
     if out is not None:
         check_writable(out)
     system = options.open_model(model, options.Precision.fp32, device, weights, tokenizer_weights)
-    pictures, labels = None, None  # type: Any, Any
+    pictures: Any = None
+    labels: Any = None
     if data is not None:
         dataset, _ = open_pictures(data, split, None, None, system.tokenizer.picture_size, caption_field)
         assert dataset is not None

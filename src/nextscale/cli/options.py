@@ -63,7 +63,8 @@ Grids = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
 GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Strength of the label or prompt; 1 is none.", show_default="the model's")
+    float | None,
+    typer.Option("--guidance-scale", help="Strength of the label or prompt; 1 is none.", show_default="the model's"),
 ]
 Schedule = Annotated[
     str | None,
@@ -258,8 +259,8 @@ def own_settings(given: list[str] | None, system: Any, purpose: str = "pictures"
 
 
 def read_label(text: str, system: Any) -> Any:
-    """A label as a model of classes takes it: ``class`` or ``class/style``, each a name or an index; ``none`` or nothing
-    leaves a kind open.
+    """A label as a model of classes takes it: ``class`` or ``class/style``, each a name or an index; ``none`` or
+    nothing leaves a kind open.
 
     Raises:
         InputError: unknown names (the nearest is suggested), too many parts.

@@ -163,7 +163,8 @@ def draw_benchmark(
     def pictures(one: BenchmarkPrompt) -> np.ndarray:
         first = seed + layout.count * number[layout.files(one)[0]]
         labels = system.prompts(one.text, negative, layout.count)
-        found: np.ndarray = draw(Asked(labels, [first + i for i in range(layout.count)], schedule), progress=False).images
+        drawn = draw(Asked(labels, [first + i for i in range(layout.count)], schedule), progress=False)
+        found: np.ndarray = drawn.images
         return found
 
     with Progress(len(prompts), "drawing prompts", None) as bar:

@@ -81,8 +81,8 @@ class Trained(nn.Module):
 class FinetuneTask(GeneratorTask):
     """``GeneratorTask`` on the trainable part of a system; labels of the data become labels of the model.
 
-    change: what became of its classes, None where text steers; base: fingerprint of the weights that the training began with, which a resumed one must begin with too; average:
-    whether an average of the trained weights is kept.
+    change: what became of its classes, None where text steers; base: fingerprint of the weights that the training began
+    with, which a resumed one must begin with too; average: whether an average of the trained weights is kept.
     """
 
     def __init__(self, system: Any, change: ClassChange | None, base: str, average: bool = True, **settings: Any):

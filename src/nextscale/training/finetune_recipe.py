@@ -97,8 +97,8 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     wanted = build(FinetuneTraining, {**recipe, "data": {"size": side, **recipe.get("data", {})}}, "recipe")
     takes = folders.system_type(config.slug).takes(config)
     if takes["captions"] and replace(wanted.classes, train="new") != ClassRecipe():
-        raise InputError(f"recipe: classes says what becomes of a model's classes, but text steers {wanted.model}; leave "
-                         "it out")
+        raise InputError("recipe: classes says what becomes of a model's classes, but text steers "
+                         f"{wanted.model}; leave it out")
     with torch.device("meta"):
         targets = wanted.lora.targets if wanted.lora.rank else None
         check_names(folders.system_type(config.slug)(config), targets, wanted.freeze, wanted.train_also)
