@@ -17,14 +17,18 @@ from test_infinity import tiny
 from tiny import emoji, fill
 
 import nextscale
+from nextscale.cli.evaluate import open_judge
 from nextscale.cli.main import run
 from nextscale.conditions.text_words import WordConfig
 from nextscale.data.images import to_pil
 from nextscale.data.pictures_out import read_settings
+from nextscale.errors import WeightsError
+from nextscale.evaluation import text_judge
 from nextscale.evaluation.prompted import Prompts, agreement, things_in, things_of
 from nextscale.evaluation.text_judge import TextJudge, TextJudgeConfig, save_text_judge
 from nextscale.systems import folders
 from nextscale.systems.infinity import Infinity
+from nextscale.training.family import measure
 
 WORDS = WordConfig(width=24, depth=1, heads=2, buckets=64, bucket_width=16, max_tokens=8)
 NOUNS = ("cat", "house", "arrow", "moon", "apple", "boat")
@@ -252,3 +256,24 @@ def test_wrong_answers_are_of_the_whole_set_in_the_asked_style() -> None:
     found = agreement(judge, torch.zeros(2, 300), ["red apple, flat style"] * 2, things)
     assert found["phrases"]["candidates"] == 100 and found["phrases"]["median_rank"] == 100
     assert "note" in agreement(judge, torch.zeros(1, 300), ["sun"], [])
+
+
+def test_scaling_laws_of_a_text_model_are_measured_with_its_captions() -> None:
+    system, captions = tiny(), [f"{noun} on a hill" for noun in NOUNS]
+    tokens = torch.cat(system.encode(emoji(6, 16)), 1)
+    found = measure(system, tokens, captions, batch=4)
+    log_prob = system.log_prob(system.training_tokens(tokens), captions).picture
+    assert found["loss"] == pytest.approx(-float(log_prob.mean()) / system.plan.length, rel=1e-3)
+
+
+def test_without_a_judge_its_figure_is_left_out_in_one_line(monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(where: str) -> None:
+        raise WeightsError(f"no text judge at {where}; give a folder")
+
+    monkeypatch.setattr(text_judge, "load_text_judge", missing)
+    assert open_judge(None, tell=True) is None
+    said = capsys.readouterr().err
+    assert "is left out: no text judge" in said and "--text-judge" in said and said.count("\n") == 1
+    with pytest.raises(WeightsError):
+        open_judge("emoji-text-judge", tell=True)

@@ -275,11 +275,11 @@ def open_judge(spec: str | None, tell: bool) -> PictureTextJudge | None:
         return None
 
 
-def to_device(judge: PictureTextJudge | None, place: Any) -> PictureTextJudge | None:
+def to_device(judge: Any, place: Any) -> Any:
     """A judge on a device, in place."""
-    for network in (judge, getattr(judge, "network", None)):
-        if hasattr(network, "to"):
-            network.to(place)
+    network: Any = getattr(judge, "network", judge)
+    if network is not None:
+        network.to(place)
     return judge
 
 

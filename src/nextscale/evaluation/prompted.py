@@ -105,7 +105,8 @@ def things_in(dataset: PictureDataset) -> list[str]:
     return things_of([texts[0] for place in places if (texts := source.captions(place))])
 
 
-def agreement(judge: PictureTextJudge, vectors_ND: Tensor, asked: Sequence[str], things: Sequence[str]) -> dict[str, Any]:
+def agreement(judge: PictureTextJudge, vectors_ND: Tensor, asked: Sequence[str],
+              things: Sequence[str]) -> dict[str, Any]:
     """Figures of a judge on pictures that were asked for by phrases, ``rank_phrases`` of each.
 
     vectors_ND: the judge's, of the pictures; things: what wrong phrases are of, with the style of the asked one; fewer

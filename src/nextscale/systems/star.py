@@ -91,8 +91,6 @@ class STAR(TextConditionalSystem):
 
     config_type = STARConfig
     parts = ("base", "sampler")
-    adapter_targets = ("attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection",
-                       "mlp.expand", "mlp.contract")
 
     def __init__(self, config: STARConfig):
         super().__init__(config)

@@ -89,16 +89,13 @@ def select(patterns: Sequence[str], names: Iterable[str], what: str) -> list[str
 
 
 def target_names(system: nn.Module, targets: Sequence[str] = ()) -> list[str]:
-    """Full names of the layers to adapt, by default none of a text encoder. Raises InputError for a target that names
-    none, with the nearest."""
+    """Full names of the layers to adapt. Raises InputError for a target that names none, with the nearest."""
     layers = adaptable(system)
     wanted = targets or getattr(system, "adapter_targets", ())
     if not wanted:  # a system without a choice of its own: all products of its network
         return [name for name, layer in layers.items()
                 if name.startswith("generator.") and isinstance(layer, nn.Linear)]
-    chosen = select(wanted, layers, "target")
-    # Names such as mlp.expand are those of any transformer.
-    return chosen if targets else [name for name in chosen if not name.startswith("encoder.")]
+    return select(wanted, layers, "target")
 
 
 def target_table(system: nn.Module) -> list[tuple[str, int, str, bool]]:
