@@ -7,16 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from nextscale.cli import options
+from nextscale.cli import options, prompted
 from nextscale.errors import InputError, did_you_mean
 
 
 def calibrate(
     method: Annotated[str, typer.Argument(help="What to calibrate: scalekv, hack, litevar, ...")],
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What to draw, of a model that text steers: one or several prompts.")
+    ] = None,
     model: options.Model = "emoji-64",
     label: options.Labels = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Pictures drawn, of each --label.")] = 10,
+    prompts: options.Prompts = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Pictures drawn, of each label or prompt.")] = 10,
     seed: options.Seed = 0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Of the calibration, as in share=0.2. May be repeated.")
@@ -38,6 +42,7 @@ def calibrate(
       nextscale generate --model emoji-64 --hook "scalekv budgets=out/budgets.json" --out out/sample.png
       nextscale calibrate hack --model emoji-64 --out out/heads.json
       nextscale calibrate litevar --model emoji-64 --set budget=0.3 --out out/windows.json
+      nextscale calibrate hack "a red apple" "a cat" --model runs/text/model --count 5 --out out/heads.json
     """
     from dataclasses import asdict
 
@@ -57,8 +62,13 @@ def calibrate(
     kind: Any = import_target(CALIBRATIONS[method])
     calibration = build(kind, dict(read_override(text) for text in set_ or []), f"calibrate {method}")
     system = options.open_model(model, precision, device, weights, tokenizer_weights)
-    labels, _ = choose_labels(system, label or [], count, None, seed)
-    found = calibration.run(system, labels, seed=seed, batch_size=batch_size, progress=None)
+    seeds = None
+    if prompted.check(system, model, label, bool(prompt or prompts)):
+        asked = prompted.read_one_shape(system, prompt or [], prompts, count, seed, "calibrate")
+        labels, seeds = asked.labels, asked.seeds
+    else:
+        labels, _ = choose_labels(system, label or [], count, None, seed)
+    found = calibration.run(system, labels, seed=seed, seeds=seeds, batch_size=batch_size, progress=None)
     about = {"method": method, "version": __version__, "model": Path(model).name, "pictures": len(labels), "seed": seed}
     hub.save_json({**about, "settings": asdict(calibration), **found}, out)
     typer.echo(f"{out}: {method} for {model}, from {len(labels)} pictures")

@@ -1,4 +1,4 @@
-"""``nextscale edit``: redraw a region of a picture, or draw around it."""
+"""``nextscale edit``: redraw a region of a picture, draw around it, or vary it from a scale on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextscale.cli import options
+from nextscale.cli import options, prompted
 from nextscale.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ class Rule(str, Enum):
 
 def edit(
     picture: Annotated[Path, typer.Option("--picture", help="The picture to edit.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw, of a model that text steers.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("out/edited.png"),
     mask: Annotated[
         Path | None, typer.Option("--mask", help="A picture of the same size; white is drawn anew.")
@@ -34,7 +37,14 @@ def edit(
         float | None,
         typer.Option("--outpaint", help="Shrink the picture to about this share of the side; draw the border around."),
     ] = None,
+    keep_scales: Annotated[
+        int | None,
+        typer.Option("--keep-scales", min=1, help="Keep so many of the picture's coarsest scales, draw the others."),
+    ] = None,
     label: options.Labels = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="A prompt for what the picture is led away from.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
     model: options.Model = "emoji-64",
     paste: Annotated[
@@ -63,16 +73,19 @@ def edit(
     control_weights: options.ControlWeights = None,
     drafter_weights: options.DrafterWeights = None,
 ) -> None:
-    """Draw a region of a picture anew, or the world around it, without any training.
+    """Draw a region of a picture anew, the world around it, or its details, without any training.
 
-    Say where with one of --mask, --box and --outpaint, and what with --label. Cells of the latent that the region
-    does not touch keep their codes; outside the region the picture's own pixels are put back.
+    Say where with one of --mask, --box, --outpaint and --keep-scales, and what with --label, or a prompt where text
+    steers. Cells of the latent that the region does not touch keep their codes; outside the region the picture's own
+    pixels are put back.
 
     \b
     Examples:
       nextscale edit --picture cat.png --box 32,0,64,64 --label animal-mammal/noto --out out/half.png
       nextscale edit --picture cat.png --mask hat.png --count 4 --out out/hats.png
       nextscale edit --picture cat.png --outpaint 0.5 --out out/around.png
+      nextscale edit --picture cat.png --keep-scales 4 --count 4 --out out/variants.png
+      nextscale edit "a sleeping dog" --picture cat.png --box 32,0,64,64 --model runs/text/model --out out/dog.png
     """
     import torch
 
@@ -82,8 +95,10 @@ def edit(
 
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: edit writes a PNG; end in .png")
-    if sum(given is not None for given in (mask, box, outpaint)) != 1:
-        raise InputError("say what to draw anew with exactly one of --mask, --box and --outpaint")
+    if sum(given is not None for given in (mask, box, outpaint, keep_scales)) != 1:
+        raise InputError("say what to draw anew with exactly one of --mask, --box, --outpaint and --keep-scales")
+    if keep_scales is not None and rule is Rule.latent:
+        raise InputError("--rule latent is of a region; with --keep-scales leave it out")
     if label and len(label) > 1:
         raise InputError(f"--label was given {len(label)} times; edit takes one")
     if outpaint is not None and not 0 < outpaint < 1:
@@ -95,39 +110,47 @@ def edit(
     options.check_control(control, control_kind, model, control_weights)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     steered = options.read_control(control, control_kind, system)
+    if prompted.check(system, model, label, bool(prompt or negative)):
+        what: Any = system.prompts(prompt, negative, count)
+    else:
+        what = [options.read_label(label[0], system) if label else None] * count
     size = system.tokenizer.picture_size
     image = options.fit_picture(image, str(picture), size, resize)
-    if region is None:
-        assert outpaint is not None
+    if outpaint is not None:
         image, region = surround(image, outpaint, system.plan.grid)
-    region = options.fit_picture(region, "the mask", size, resize)
-    redraw = to_tensor(region.convert("RGB"))[0] > 0
-    if not redraw.any():
-        raise InputError("nothing to draw anew: the mask has no white pixel, or the box lies outside what is kept")
-    what = options.read_label(label[0], system) if label else None
-    drawn = system.edit(
-        torch.stack([to_tensor(image)] * count),
-        torch.stack([redraw] * count),
-        [what] * count,
-        seed=seed,
-        output="numpy",
-        hooks=hooks,
+    sampling: dict[str, Any] = {
+        "seed": seed,
+        "output": "numpy",
+        "hooks": hooks,
         **steered,
-        **({} if rule is Rule.tokens else {"rule": rule.value}),
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system),
-    )
+    }
+    pictures = torch.stack([to_tensor(image)] * count)
+    if region is None:
+        redraw = torch.ones(size, dtype=torch.bool)
+        drawn = system.enlarge(pictures, what, scales=keep_scales, **sampling)
+    else:
+        region = options.fit_picture(region, "the mask", size, resize)
+        redraw = to_tensor(region.convert("RGB"))[0] > 0
+        if not redraw.any():
+            raise InputError("nothing to draw anew: the mask has no white pixel, or the box lies outside what is kept")
+        if rule is not Rule.tokens:
+            sampling["rule"] = rule.value
+        drawn = system.edit(pictures, torch.stack([redraw] * count), what, **sampling)
     import numpy as np
     from PIL import Image
 
     results = drawn.images
     if paste:
         results = np.where(redraw.numpy()[None, :, :, None], results, np.asarray(image)[None])
-    region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint}
+    region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint, "keep_scales": keep_scales}
     settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste, "rule": rule.value}
     settings |= {"precision": precision.value, **asdict(drawn.settings), **({"hooks": hook} if hook else {})}
     if control is not None:
         settings |= {"control": control.name, "control_kind": control_kind}
+    if negative:
+        settings |= {"negatives": [negative] * count}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)
     written = Image.fromarray(results[0]) if count == 1 else board(results, min(count, 8))
     pictures_out.write_png(written, out, about)

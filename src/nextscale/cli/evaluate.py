@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nextscale.cli import options
-from nextscale.errors import InputError
+from nextscale.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
     from nextscale.data import PictureDataset
     from nextscale.evaluation.evaluate import Evaluation
     from nextscale.evaluation.features import Extractor
     from nextscale.evaluation.sets import Subject
+    from nextscale.evaluation.text_judge import PictureTextJudge
 
 
 POLL_SECONDS = 2.0
@@ -66,6 +67,20 @@ def evaluate(
         LabelSource | None,
         typer.Option("--labels", help="As often as in the data, all evenly, or none.", show_default="data, else even"),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="What a model that text steers draws: .txt, .json, .jsonl, .tsv or .csv.",
+                     show_default="captions of --data"),
+    ] = None,
+    caption_field: options.CaptionField = None,
+    text_judge: Annotated[
+        str | None,
+        typer.Option(
+            "--text-judge",
+            help="Says whether pictures show their prompts: emoji-text-judge, a judge's folder, or clip[:PLACE].",
+            show_default="emoji-text-judge, where it is there",
+        ),
+    ] = None,
     likelihood: Annotated[int, typer.Option("--likelihood", min=0, help="Pictures to score; 0 for none.")] = 400,
     reconstruction: Annotated[
         int, typer.Option("--reconstruction", min=0, help="Pictures to send through the tokenizer; 0 for none.")
@@ -99,19 +114,23 @@ def evaluate(
 ) -> None:
     """Measure a model or a tokenizer: likelihood, distances, coverage, copies, reconstruction.
 
+    A model that text steers draws --prompts, or the captions of --data; a judge tells whether its pictures show them.
     Goes on where it was stopped; --count may grow. Under torchrun the work is shared by all ranks.
 
     \b
     Examples:
       nextscale evaluate --model emoji-64 --data emoji --count 500 --out out/evaluation
       nextscale evaluate --model runs/tokenizer/tokenizer --data photos/ --out out/tokenizer
+      nextscale evaluate --model runs/text/model --data emoji --split style-test --out out/text
       torchrun --nproc-per-node 4 -m nextscale.cli.main evaluate --model runs/g/model --data photos/ --count 10000
     """
     from nextscale.data.pictures_out import check_writable
+    from nextscale.data.prompts import read_prompts
     from nextscale.evaluation.blocks import Shard
     from nextscale.evaluation.distances import check_metrics
     from nextscale.evaluation.evaluate import Evaluation, Wanted
     from nextscale.evaluation.features import open_extractor
+    from nextscale.evaluation.prompted import Prompts
 
     check_writable(out, folder=True)
     check_metrics()
@@ -119,18 +138,32 @@ def evaluate(
     part = Shard.of_environment() if shard is None else Shard.read(shard)
     extractors = _distinct([open_extractor(spec) for spec in features or ["emoji-judge"]])
     files = _statistics(statistics or [])
+    of_file = None if prompts is None else read_prompts(prompts)
     subject = open_subject(model, precision, device, weights, tokenizer_weights)
     if hooks and subject.system is None:
         raise InputError(f"--hook: {model} is a tokenizer, it draws nothing that a hook could act on; leave it out")
-    reference, known = open_pictures(data, split, train, train_split if training else None, subject.size)
+    if not subject.takes_prompts and (prompts is not None or text_judge is not None):
+        given = "--text-judge" if prompts is None else "--prompts"
+        raise InputError(f"{given}: {model} draws no prompts; leave it out")
+    reference, known = open_pictures(
+        data, split, train, train_split if training else None, subject.size, caption_field
+    )
     sampling = options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth)
     if subject.system is not None:
         sampling |= options.own_settings(set_, subject.system, purpose.value)
-    source = labels.value if labels is not None else "data" if reference is not None else "even"
+    source = labels.value if labels is not None else "even" if reference is None or prompts is not None else "data"
+    asked = judge = None
+    if subject.takes_prompts and count:
+        if of_file is not None:
+            asked = Prompts.of_file(of_file, str(prompts))
+        elif reference is not None:
+            asked = Prompts.of_dataset(reference)
+        judge = open_judge(text_judge, part.index == 0)
     wanted = Wanted(count, seed, source, likelihood, reconstruction, training, purpose.value, sampling, batch_size)
     place = subject.system.device if subject.system is not None else None
     evaluation = Evaluation(
-        subject, out, [e if place is None else e.to(place) for e in extractors], wanted, reference, known, files, hooks
+        subject, out, [e if place is None else e.to(place) for e in extractors], wanted, reference, known, files, hooks,
+        asked, judge if place is None else to_device(judge, place),
     )
     with progress_lines(part.index == 0) as progress:
         evaluation.work(part, progress)
@@ -166,6 +199,14 @@ def headlines(found: dict[str, Any]) -> Iterator[str]:
             real = of.get("reference_agreement", {}).get("class")
             beside = "" if real is None else f" (real pictures {real:.3f})"
             yield f"agreement with the asked class by {name}: {of['samples']['agreement']['class']:.3f}{beside}"
+    if "phrases" in found.get("text", {}).get("samples", {}):
+        of, real = found["text"]["samples"]["phrases"], found["text"].get("reference", {}).get("phrases")
+        k = next((k for k in (5, 1) if f"top_{k}" in of), 0)
+        beside = "" if real is None or f"top_{k}" not in real else f" (real pictures {real[f'top_{k}']['rate']:.1%})"
+        if k:
+            low, high = of[f"top_{k}"]["low"], of[f"top_{k}"]["high"]
+            yield (f"asked prompt among the best {k} of {of['candidates']} by {found['text']['judge']}: "
+                   f"{of[f'top_{k}']['rate']:.1%}, {low:.1%} to {high:.1%}{beside}")
     for name, of in found.get("likelihood", {}).items():
         bits = of["bits_a_dimension"]
         yield f"likelihood, {name}: {of['nats_a_token']:.4f} nats a token, {bits:.4f} bits a dimension"
@@ -211,8 +252,35 @@ def open_subject(
     config = system.config
     return Subject(
         name, fingerprint(system), system, system.tokenizer.picture_size, config.tokenizer.vocabulary,
-        config.tokenizer.bits, system, tuple(config.classes), config.class_names,
+        config.tokenizer.bits, system, tuple(getattr(config, "classes", ())), getattr(config, "class_names", ()),
     )
+
+
+def open_judge(spec: str | None, tell: bool) -> PictureTextJudge | None:
+    """The judge of pictures and prompts that was asked for; else the one that ships, None where it isn't there, as one
+    line then tells.
+
+    Raises:
+        NextscaleError: the one that was asked for is unknown, missing or damaged.
+    """
+    from nextscale.evaluation.text_judge import open_text_judge
+
+    if spec is not None:
+        return open_text_judge(spec)
+    try:
+        return open_text_judge("emoji-text-judge")
+    except WeightsError as error:
+        if tell:
+            typer.echo(f"agreement of pictures and prompts is left out: {error} by --text-judge", err=True)
+        return None
+
+
+def to_device(judge: Any, place: Any) -> Any:
+    """A judge on a device, in place."""
+    network: Any = getattr(judge, "network", judge)
+    if network is not None:
+        network.to(place)
+    return judge
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -240,7 +308,8 @@ class TokenizerCodec:
 
 
 def open_pictures(
-    data: str | None, split: str | None, train: str | None, train_split: str | None, size: tuple[int, int]
+    data: str | None, split: str | None, train: str | None, train_split: str | None, size: tuple[int, int],
+    caption_field: str | None = None,
 ) -> tuple[PictureDataset | None, PictureDataset | None]:
     """Held-out pictures and training pictures, None where nothing was asked for.
 
@@ -254,7 +323,7 @@ def open_pictures(
     reference = known = None
     if data is not None:
         named = split or ("concept-test" if "concept-test" in open_source(data).named_splits() else "validation")
-        reference = open_dataset(data, size, named, report=terminal_report)
+        reference = open_dataset(data, size, named, report=terminal_report, caption_field=caption_field)
         split = named
     spec = train or data
     if spec is not None and train_split is not None:
@@ -264,7 +333,7 @@ def open_pictures(
                     f"--data and --train are the same pictures ({spec}, {split}, {train_split}); name other splits"
                 )
         else:
-            known = open_dataset(spec, size, train_split, report=terminal_report)
+            known = open_dataset(spec, size, train_split, report=terminal_report, caption_field=caption_field)
     return reference, known
 
 

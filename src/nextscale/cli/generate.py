@@ -50,14 +50,17 @@ def generate(
     ] = Path("out/sample.png"),
     model: options.Model = "emoji-64",
     label: options.Labels = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A file of prompts: .txt, .json, .jsonl, .tsv or .csv.")
-    ] = None,
+    prompts: options.Prompts = None,
     negative: Annotated[
         str | None, typer.Option("--negative", help="A prompt for what pictures are led away from.")
     ] = None,
     ratio: Annotated[
         str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
+    ] = None,
+    benchmark: Annotated[
+        prompted.Benchmark | None,
+        typer.Option("--benchmark", help="Put pictures where this benchmark's evaluator looks; --prompts is its own "
+                     "file or folder.", show_default=False),
     ] = None,
     count: Annotated[
         int | None,
@@ -103,6 +106,7 @@ def generate(
       nextscale generate --model emoji-64 --out out/sample.png
       nextscale generate --label animal-mammal/noto --label plant/twemoji --count 8 --out out/two.png
       nextscale generate "a red apple" "a sleeping cat" --model runs/text/model --ratio 4:3 --out out/two.png
+      nextscale generate --benchmark geneval --prompts metadata.jsonl --model runs/text/model --out out/geneval
       nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
       nextscale generate --model runs/car/model --control photo.png --control-kind canny --label 3 --out out/one.png
     """
@@ -115,20 +119,44 @@ def generate(
     limit = options.read_size(memory_limit, "--memory-limit")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
     options.check_control(control, control_kind, model, control_weights)
+    if ratio is not None and schedule is not None:
+        raise InputError("--ratio and --schedule both say which scales; give one")
+    if benchmark is not None:
+        if prompt or seeds or kind != "folder":
+            raise InputError("--benchmark: its pictures go into a folder, each with a prompt of --prompts and a seed "
+                             "of its own; leave other prompts and --seeds out, and give --out a name without ending")
+        layout, of_benchmark = prompted.read_benchmark(benchmark, prompts, out, model, count)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     hooks = options.make_hooks(hook)
     steered = options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)
-    if prompted.takes_prompts(system):
-        if label or (ratio is not None and grids is not None):
-            raise InputError("--label: text steers this model, give prompts instead" if label else
-                             "--ratio and --schedule both say which scales; give one")
+    steers = prompted.check(system, model, label, bool(prompt or prompts or negative or ratio))
+
+    def draw(group: prompted.Asked, **more: Any) -> Generation:
+        found: Generation = system.generate(
+            group.labels,
+            seeds=group.seeds,
+            purpose=purpose.value,
+            batch_size=batch_size,
+            memory_limit=limit,
+            output="numpy",
+            schedule=grids or group.schedule,
+            hooks=hooks,
+            **more,
+            **steered,
+            **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+            **options.own_settings(set_, system, purpose.value),
+        )
+        return found
+
+    if benchmark is not None:
+        drawn_for = prompted.draw_benchmark(layout, of_benchmark, system, negative, ratio, seed, draw)
+        typer.echo(f"{out}: pictures of {drawn_for} prompts, {len(of_benchmark) - drawn_for} were there")
+        return
+    if steers:
         asked = prompted.read(system, prompt or [], prompts, negative, ratio, count, seed, given_seeds)
         wide = _square(len(asked[0])) if (count or 1) == 1 else count or 1
     else:
-        if prompt or prompts or negative or ratio:
-            raise InputError(f"{model} takes no prompts; say what to draw by --label, `nextscale models {model}` lists "
-                             "its classes")
         labels, wide = choose_labels(system, label or [], count, given_seeds, seed)
         asked = [prompted.Asked(labels, given_seeds or [seed + i for i in range(len(labels))])]
     if len(asked) > 1 and kind != "folder":
@@ -140,39 +168,34 @@ def generate(
 
         frames.setdefault(step, []).append(convert(system.tokenizer.decode(run.canvas), "numpy"))
 
-    def about(drawn: Generation, labels: list[Any], seeds: list[int]) -> dict[str, Any]:
+    def about(drawn: Generation, labels: list[Any], seeds: list[int], negatives: list[str]) -> dict[str, Any]:
         settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
         if hook:
             settings |= {"hooks": hook}
         if control is not None:
             settings |= {"control": control.name, "control_kind": control_kind}
+        if any(negatives):
+            settings |= {"negatives": negatives}
         return options.provenance(model, settings, labels, seeds)
 
     def put_away(batch: Generation) -> None:
-        each = zip(batch.labels, batch.seeds, strict=True)
-        folder.add(batch.images, [_title(name) for name in batch.labels], [about(batch, [n], [s]) for n, s in each])
+        each = [about(batch, [name], [drawn_by], [next(away, "")])
+                for name, drawn_by in zip(batch.labels, batch.seeds, strict=True)]
+        folder.add(batch.images, [_title(name) for name in batch.labels], each)
 
     opened: AbstractContextManager[Any] = pictures_out.folder_of(out) if kind == "folder" else nullcontext()
     with opened as folder:
         seconds = 0.0
         for group in asked:
-            drawn = system.generate(
-                group.labels,
-                seeds=group.seeds,
-                purpose=purpose.value,
-                batch_size=batch_size,
-                memory_limit=limit,
+            away = iter(group.negatives)
+            drawn = draw(
+                group,
                 on_batch=put_away if kind == "folder" else None,
-                output="numpy",
                 callback=keep_preview if kind == "animation" else None,
-                schedule=grids or group.schedule,
-                hooks=hooks,
-                **steered,
-                **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
-                **options.own_settings(set_, system, purpose.value),
             )
             seconds += drawn.seconds
-        whole, wide = about(drawn, drawn.labels, drawn.seeds), min(columns or wide, len(drawn.seeds))
+        whole = about(drawn, drawn.labels, drawn.seeds, group.negatives)
+        wide = min(columns or wide, len(drawn.seeds))
         if kind == "sheet":
             pictures_out.write_png(board(drawn.images, wide), out, whole)
         elif kind == "npz":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nextscale.cli import options
+from nextscale.cli import options, prompted
 
 
 def limits(
@@ -21,6 +21,7 @@ def limits(
         str | None, typer.Option("--split", help="Which of them.", show_default="concept-test, or validation")
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="How many pictures.")] = 32,
+    caption_field: options.CaptionField = None,
     error: Annotated[float, typer.Option("--error", help="Of an attention weight, relative.")] = 0.01,
     directions: Annotated[
         int | None, typer.Option("--directions", min=1, help="Project queries and keys to so many first; needs --data.")
@@ -33,6 +34,7 @@ def limits(
     """Tell where a model's logits are small enough for low-rank attention (arXiv 2501.04377).
 
     For every layer and head: the weights' bound, the largest logit at every step, the polynomial's degree and features.
+    Pictures of --data come with their classes, or their captions where text steers.
 
     \b
     Examples:
@@ -53,15 +55,19 @@ def limits(
     if out is not None:
         check_writable(out)
     system = options.open_model(model, options.Precision.fp32, device, weights, tokenizer_weights)
-    pictures, labels = None, None
+    pictures: Any = None
+    labels: Any = None
     if data is not None:
-        dataset, _ = open_pictures(data, split, None, None, system.tokenizer.picture_size)
+        dataset, _ = open_pictures(data, split, None, None, system.tokenizer.picture_size, caption_field)
         assert dataset is not None
         places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
         pictures = torch.from_numpy(dataset.read(places.numpy())[0][:, :3].copy()).float() / 127.5 - 1
-        known = match_labels(dataset.class_names, system.config.class_names, system.config.classes)
-        labels = [None] * len(pictures) if known is None else [
-            tuple(row) for row in known.rows(dataset.labels[places]).tolist()]
+        if prompted.takes_prompts(system):
+            labels = [dataset.caption(place) for place in places.tolist()]
+        else:
+            known = match_labels(dataset.class_names, system.config.class_names, system.config.classes)
+            labels = [None] * len(pictures) if known is None else [
+                tuple(row) for row in known.rows(dataset.labels[places]).tolist()]
     found = measure(system, pictures, labels, error, directions)
     typer.echo(table(found, system.plan))
     if out is not None:

@@ -23,7 +23,7 @@ SIZES = Path(__file__).with_name("sizes.json")
 def list_models(
     name: Annotated[str | None, typer.Argument(help="Show one: a name or a model's folder.")] = None,
 ) -> None:
-    """List the models that --model and nextscale.load take, or show one: its schedule, settings and classes.
+    """List the models that --model and nextscale.load take, or show one: schedule, settings, classes or prompts.
 
     \b
     Examples:
@@ -95,6 +95,9 @@ def _show(name: str) -> None:
                f" ({config.tokenizer.plan.length} {of})")
     for purpose, settings in config.settings.items():
         typer.echo(f"{purpose:11s} {', '.join(f'{k}={v}' for k, v in asdict(settings).items())}")
+    if hasattr(config, "words"):
+        typer.echo(f"prompts     {config.encoder}" if config.words is None else
+                   f"prompts     read by an encoder of its own, {config.words.max_tokens} tokens at most")
     for kind, size in enumerate(getattr(config, "classes", ())):
         names = config.class_names[kind] if kind < len(config.class_names) else ()
         typer.echo(f"label {kind}     {', '.join(names) if names else f'an index from 0 to {size - 1}'}")

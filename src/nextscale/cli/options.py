@@ -50,13 +50,21 @@ Labels = Annotated[
         show_default=False,
     ),
 ]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="A file of prompts: .txt, .json, .jsonl, .tsv or .csv.")
+]
+CaptionField = Annotated[
+    str | None,
+    typer.Option("--caption-field", help="Column or field of the captions.", show_default="text, caption, prompt"),
+]
 Grids = Annotated[
     str | None,
     typer.Option("--schedule", help="Other scales, as in 1,2,4,6x8, where the system can.", show_default="the model's"),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
 GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Strength of the label; 1 is none.", show_default="the model's")
+    float | None,
+    typer.Option("--guidance-scale", help="Strength of the label or prompt; 1 is none.", show_default="the model's"),
 ]
 Schedule = Annotated[
     str | None,
@@ -252,14 +260,12 @@ def own_settings(given: list[str] | None, system: Any, purpose: str = "pictures"
 
 
 def read_label(text: str, system: Any) -> Any:
-    """A label as the model takes it: the text itself where text steers, else ``class`` or ``class/style``, each a name
-    or an index; ``none`` or nothing leaves a kind open.
+    """A label as a model of classes takes it: ``class`` or ``class/style``, each a name or an index; ``none`` or
+    nothing leaves a kind open.
 
     Raises:
         InputError: unknown names (the nearest is suggested), too many parts.
     """
-    if not hasattr(system.config, "classes"):  # a prompt
-        return text
     kinds = system.config.class_names
     parts = [text] if len(system.config.classes) == 1 or (kinds and text in kinds[0]) else text.split("/")
     found = tuple(None if part in ("", "none") else part for part in map(str.strip, parts))

@@ -52,10 +52,7 @@ def tokenize(
     captions: Annotated[
         bool, typer.Option("--captions", help="Keep the pictures' captions with the tokens, class names without any.")
     ] = False,
-    caption_field: Annotated[
-        str | None,
-        typer.Option("--caption-field", help="Column or field of the captions.", show_default="text, caption, prompt"),
-    ] = None,
+    caption_field: options.CaptionField = None,
     latents: Annotated[
         bool, typer.Option("--latents", help="Keep what the encoder gave, for self-correction of bits.")
     ] = False,

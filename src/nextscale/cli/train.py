@@ -82,7 +82,7 @@ def generator(
     resume: Resume = False,
     set_: Overrides = None,
 ) -> None:
-    """Train a class-conditional system on a tokenizer's codes; OUT/model/ is a model for generate, edit and load.
+    """Train a system on a tokenizer's codes; OUT/model/ is a model for generate, edit and load.
 
     \b
     Example:

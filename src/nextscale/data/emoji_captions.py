@@ -53,6 +53,7 @@ _LEFT_OUT = frozenset((
     "women",
 ))  # fmt: skip
 _PLURALS = re.compile(r"(?<![su])s$|people$|women$|men$|children$")
+_STYLED = re.compile(f"(.+), ({'|'.join(word for word, _ in STYLE_WORDS.values())}) style")
 _HEAD = re.compile(r" (?:with|of|in|on|and|behind|holding|getting|for|from|over|without) |,| \(")
 
 
@@ -80,6 +81,18 @@ def emoji_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
         *([f"{group}, {keys[2]}, {keys[3]}{tone}, {word} style"] if len(keys) > 3 else []),
     ]
     return texts_of(found)
+
+
+def split_style(phrase: str) -> tuple[str, str]:
+    """A phrase without the style that it ends with, and that style's word, "" where it names none: ``("red apple",
+    "flat")`` of ``red apple, flat style``."""
+    found = _STYLED.fullmatch(phrase)
+    return (found[1], found[2]) if found else (phrase, "")
+
+
+def with_style(phrase: str, word: str) -> str:
+    """The other way round."""
+    return f"{phrase}, {word} style" if word else phrase
 
 
 def group_of(subcategory: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nextscale.evaluation.features import Extractor
 from nextscale.evaluation.likelihood import likelihood_blocks, likelihood_figures
 from nextscale.evaluation.measure import Features, agree, compare
 from nextscale.evaluation.page import write_page
+from nextscale.evaluation.prompted import Prompts, agreement, caption_rows, things_in, things_of
 from nextscale.evaluation.reconstruction import (
     preview_blocks,
     reconstruction_blocks,
@@ -36,6 +37,8 @@ from nextscale.evaluation.reconstruction import (
     summary,
 )
 from nextscale.evaluation.sets import Pictures, Subject
+from nextscale.evaluation.text_agreement import CANDIDATES
+from nextscale.evaluation.text_judge import PictureTextJudge
 
 Make = Callable[[range], Mapping[str, Tensor]]
 PREVIEWED = 256  # pictures whose preview is decoded after every scale
@@ -71,13 +74,17 @@ class Evaluation:
 
     reference: held-out pictures, None where ``statistics`` stand for them; training: pictures the model was trained
     on, for copies and as the figure beside it; extractors: one or more; statistics: files by extractor name; hooks:
-    act on the drawing of samples, dataclasses of settings.
+    act on the drawing of samples, dataclasses of settings; prompts: what a model that text steers draws; judge: says
+    whether its pictures show that.
     """
 
     def __init__(self, subject: Subject, out: Path, extractors: Sequence[Extractor], wanted: Wanted,
                  reference: PictureDataset | None = None, training: PictureDataset | None = None,
-                 statistics: Mapping[str, Path] | None = None, hooks: Sequence[Hook] = ()):
-        self.hooks = hooks
+                 statistics: Mapping[str, Path] | None = None, hooks: Sequence[Hook] = (),
+                 prompts: Prompts | None = None, judge: PictureTextJudge | None = None):
+        self.hooks, self.prompts, self.judge = hooks, prompts, judge
+        if subject.takes_prompts and wanted.count and prompts is None:
+            raise InputError(f"what {subject.name} is to draw is missing; give --data with captions, or --prompts")
         self.subject, self.out, self.extractors, self.wanted = subject, out, list(extractors), wanted
         self.reference, self.training = reference, training
         self.statistics = {name: read_statistics(path, name) for name, path in (statistics or {}).items()}
@@ -99,16 +106,25 @@ class Evaluation:
 
     @cached_property
     def reference_pictures(self) -> Pictures | None:
-        return None if self.reference is None else sets.of_dataset(self.reference)
+        return None if self.reference is None else self._of_dataset(self.reference)
 
     @cached_property
     def training_pictures(self) -> Pictures | None:
         if self.training is None or not self.wanted.training:
             return None
-        return sets.of_dataset(self.training, self.wanted.training)
+        return self._of_dataset(self.training, self.wanted.training)
+
+    def _of_dataset(self, dataset: PictureDataset, limit: int | None = None) -> Pictures:
+        """Pictures with the labels of the data, or the captions in their place where text steers."""
+        found = sets.of_dataset(dataset, limit)
+        if not self.subject.takes_prompts:
+            return found
+        return replace(found, labels_Nn=caption_rows(dataset, sets.places_of(dataset, limit)))
 
     @cached_property
     def labels_Nn(self) -> Tensor:
+        if self.prompts is not None:
+            return self.prompts.rows(self.wanted.labels, self.wanted.count, self.wanted.seed)
         return sets.labels_to_draw(self.wanted.labels, self.wanted.count, self.subject, self.reference,
                                    self.wanted.seed)
 
@@ -119,8 +135,12 @@ class Evaluation:
         rule: dict[str, Any] = {"source": self.wanted.labels}
         if self.wanted.labels == "data" and self.reference_pictures is not None:
             rule["data"] = self.reference_pictures.request["digest"]
+        labels_of: Callable[[Tensor], Any] | None = None
+        if self.prompts is not None:
+            rule["prompts"] = self.prompts.digest
+            labels_of = partial(self.prompts.labels, self.subject.system)
         return sets.sample_blocks(self.out, self.subject, self.labels_Nn, rule, self.wanted.seed, self.wanted.purpose,
-                                  self.wanted.settings, self.wanted.batch_size, self.hooks)
+                                  self.wanted.settings, self.wanted.batch_size, self.hooks, labels_of)
 
     @cached_property
     def scored(self) -> dict[str, tuple[Blocks, Make, str]]:
@@ -165,6 +185,13 @@ class Evaluation:
     def thumbnails(self, role: str) -> tuple[Blocks, Make]:
         return sets.thumbnail_blocks(self.out, self.pictures_of()[role])
 
+    def judged(self) -> dict[str, tuple[Blocks, Make]]:
+        """The text judge's vectors, of samples with prompts and of held-out pictures."""
+        if self.judge is None or self.prompts is None or self.wanted.labels == "none":
+            return {}
+        return {role: sets.judged_blocks(self.out, found, self.judge) for role, found in self.pictures_of().items()
+                if role == "samples" or (role == "reference" and found.labels_Nn is not None)}
+
     def jobs(self) -> list[tuple[str, Blocks, Make]]:
         """Everything that is computed in blocks, in an order in which each finds what it needs in its own shard."""
         found: list[tuple[str, Blocks, Make]] = []
@@ -175,6 +202,7 @@ class Evaluation:
         found += [(f"likelihood: {name}", blocks, make) for name, (blocks, make, _) in self.scored.items()]
         roles = self.pictures_of()
         found += [(f"features of {role}: {e.name}", *self.features(role, e)) for e in self.extractors for role in roles]
+        found += [(f"judging {role}", *job) for role, job in self.judged().items()]
         if "samples" in roles:
             found += [(f"thumbnails of {role}", *self.thumbnails(role))
                       for role in ("samples", "reference", "training") if role in roles]
@@ -209,6 +237,10 @@ class Evaluation:
             used = self.subject.system.settings_for(self.wanted.purpose, dict(self.wanted.settings))
             figures["sampling"] = asdict(used) | ({"hooks": [repr(hook) for hook in self.hooks]} if self.hooks else {})
         figures["features"] = {e.name: self._of_extractor(e) for e in self.extractors}
+        if self.prompts is not None:
+            figures["prompts"] = {"source": self.prompts.source, "different": len(self.prompts.different)}
+        if self.judged():
+            figures["text"] = self._text()
         if self.scored:
             figures["likelihood"] = self._likelihood()
         if self.reconstructed is not None and self.previews is not None:
@@ -249,7 +281,7 @@ class Evaluation:
             count = min(len(real), self.wanted.count or len(real))
             chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:count]
             figures["real_training_pictures"] = compare(real.part(chosen), reference, extractor, seed)
-        if self.reference is not None and "reference" in roles:
+        if self.reference is not None and "reference" in roles and not self.subject.takes_prompts:
             agreed = agree(self._gathered("reference", extractor), self.reference.labels, self.reference.class_names,
                            [len(kind) for kind in self.reference.class_names], extractor)
             if agreed:
@@ -258,6 +290,24 @@ class Evaluation:
             originals = Statistics.of(self._gathered("originals", extractor).features_ND, extractor.name)
             figures["reconstruction"] = compare(self._gathered("reconstructed", extractor), originals, extractor, seed)
         return figures
+
+    def _text(self) -> dict[str, Any]:
+        """Where the judge ranks what was asked for, of samples, and of real pictures their captions."""
+        assert self.judge is not None and self.prompts is not None
+        of_data = [] if self.reference is None else things_in(self.reference)
+        own = things_of(self.prompts.texts)
+        # Wrong answers to captions are of the whole set, to a file's prompts its other ones, where there are enough.
+        wrong = of_data if self.prompts.captions else own if len(own) >= CANDIDATES else [*own, *of_data]
+        found: dict[str, Any] = {"judge": self.judge.name, "fingerprint": self.judge.fingerprint}
+        for role, (blocks, _) in self.judged().items():
+            if role == "samples":
+                asked = [self.prompts.different[row][0] for row in self.labels_Nn[:, 0].tolist()]
+            else:
+                assert self.reference is not None
+                asked = [str(self.reference.caption(i)) for i in range(len(self.reference))]
+            things = wrong if role == "samples" else of_data
+            found[role] = agreement(self.judge, blocks.gather()["vectors"], asked, things)
+        return found
 
     def _likelihood(self) -> dict[str, Any]:
         rows = [step.rows for step in self.subject.system.plan]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.data import PictureDataset
+from nextscale.data.captions import captions_fingerprint
 from nextscale.evaluation.blocks import Blocks
 from nextscale.evaluation.sets import Pictures, Subject, match_labels
 
@@ -18,21 +19,29 @@ def likelihood_blocks(out: Any, subject: Subject, pictures: Pictures, dataset: P
     """Log-probability (n, K) of the tokens of pictures at every step, given their labels.
 
     pictures: ``sets.of_dataset(dataset, limit)``. Where the data's classes aren't the model's, pictures are scored
-    without a label; the third result says which.
+    without a label, and where text steers and they have no caption, without a prompt; the third result says which.
     """
-    known = match_labels(dataset.class_names, subject.class_names, subject.classes)
+    known = None if subject.takes_prompts else match_labels(dataset.class_names, subject.class_names, subject.classes)
     places = torch.arange(len(dataset)) if limit is None or limit >= len(dataset) else \
         torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).round().long()
     how = "no label" if known is None else f"the picture's label (matched by {known.how})"
     request = {"of": dict(pictures.request), "model": subject.fingerprint, "condition": how,
                **subject.system.scored_with()}
+    captions: list[str | None] = []
+    if subject.takes_prompts:
+        captions = [dataset.caption(place) for place in places.tolist()]
+        how = "the picture's caption" if any(captions) else "no prompt"
+        digest = captions_fingerprint([caption or ""] for caption in captions)
+        request |= {"condition": how, "captions": digest}
 
     def make(block: range) -> dict[str, Tensor]:
         found = []
         for start in range(block.start, block.stop, batch_size):
             part = range(start, min(start + batch_size, block.stop))
             labels: Any = None
-            if known is not None:
+            if captions:
+                labels = captions[part.start:part.stop]
+            elif known is not None:
                 rows = known.rows(dataset.labels[places[part.start:part.stop]])
                 labels = [tuple(row) for row in rows.tolist()]
             else:

@@ -32,6 +32,8 @@ def write_page(figures: Mapping[str, Any], sheets: Mapping[str, tuple[Tensor, in
     parts = [f"<h1>Evaluation of {_text(figures['model'])}</h1>", _facts(figures)]
     for name, found in figures["features"].items():
         parts.append(f"<h2>In features of {_text(name)} ({found['width']} wide)</h2>{_features(found)}")
+    if "text" in figures:
+        parts.append(f"<h2>Pictures and prompts, by {_text(figures['text']['judge'])}</h2>{_prompts(figures['text'])}")
     if "likelihood" in figures:
         parts.append(f"<h2>Likelihood</h2>{_likelihood(figures['likelihood'])}")
     if "tokenizer" in figures:
@@ -86,6 +88,8 @@ def _facts(figures: Mapping[str, Any]) -> str:
         chosen = ", ".join(f"{name} {value}" for name, value in figures["sampling"].items())
         facts.append(f"{wanted['count']:,} pictures drawn, seeds from {wanted['seed']}, labels: {wanted['labels']}; "
                      f"{chosen}")
+    if "prompts" in figures:
+        facts.append(f"prompts: {figures['prompts']['different']:,} different ones, {figures['prompts']['source']}")
     return "".join(f"<p>{_text(fact)}</p>" for fact in facts)
 
 
@@ -133,6 +137,30 @@ def _features(found: Mapping[str, Any]) -> str:
         notes.append("Not the published Inception: none of these figures is an FID or an Inception score.")
     below = "".join(f'<p class="note">{_text(note)}</p>' for note in notes)
     return _table(["", *(COLUMNS[c] for c in columns)], rows) + below
+
+
+def _prompts(found: Mapping[str, Any]) -> str:
+    roles = {"samples": "samples", "reference": "real pictures, their captions"}
+    of = {title: found[role] for role, title in roles.items() if "phrases" in found.get(role, {})}
+    notes = sorted({found[role]["note"] for role in roles if "note" in found.get(role, {})})
+
+    def rate(figures: Mapping[str, Any], name: str) -> str:
+        if name not in figures:
+            return ""
+        return "{rate:.1%} ({low:.1%} to {high:.1%})".format(**figures[name])
+
+    rows: list[list[Any]] = [[name, *(one["phrases"][key] for one in of.values())] for name, key in (
+        ("pictures", "pictures"), ("different phrases", "phrases"), ("phrases to choose from", "candidates"),
+        ("median rank of the asked one", "median_rank"), ("cosine with it", "cosine"),
+        ("... with the others", "cosine_of_others"))]
+    rows += [[f"asked phrase among the best {k}", *(rate(one["phrases"], f"top_{k}") for one in of.values())]
+             for k in (1, 5)]
+    rows.append(["asked style the best of five", *(rate(one.get("styles", {}), "top_1") for one in of.values())])
+    rows.append(["CLIPScore", *(one["clip_score"] for one in of.values())])
+    apart = [one.get("diversity", {}).get("mean", "") for one in of.values()]
+    rows.append(["distance of pictures of one phrase", *apart])
+    below = "".join(f'<p class="note">{_text(note)}</p>' for note in notes)
+    return (_table(["", *of], rows) if of else "") + below
 
 
 def _likelihood(found: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from nextscale.data import PictureDataset
 from nextscale.errors import InputError
 from nextscale.evaluation.blocks import Blocks
 from nextscale.evaluation.features import Extractor
+from nextscale.evaluation.text_judge import PictureTextJudge
 
 THUMBNAIL = 32  # pixels a side, for nearest neighbours by pixels
 
@@ -50,6 +51,16 @@ class Subject:
     classes: tuple[int, ...] = ()
     class_names: Sequence[Sequence[str]] = ()
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether text says what its pictures are of: then it has no classes."""
+        return hasattr(self.system, "prompts")
+
+    def labels(self, rows_Bn: Tensor) -> Any:
+        """Rows of label indices as ``generate`` takes them, where it has classes."""
+        return [tuple(None if index == size else index for index, size in zip(row, self.classes, strict=True))
+                for row in rows_Bn.tolist()]
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -69,9 +80,7 @@ class Pictures:
 
 def of_dataset(dataset: PictureDataset, limit: int | None = None) -> Pictures:
     """Pictures of a data set; with ``limit``, so many of them spread evenly over it."""
-    places = np.arange(len(dataset))
-    if limit is not None and limit < len(dataset):
-        places = np.linspace(0, len(dataset) - 1, limit).round().astype(np.int64)
+    places = places_of(dataset, limit)
 
     def read(block: range) -> Tensor:
         pixels, _ = dataset.read(places[block.start:block.stop])
@@ -84,6 +93,13 @@ def of_dataset(dataset: PictureDataset, limit: int | None = None) -> Pictures:
     request = {"data": dataset.source.name, "split": dataset.split, "size": list(dataset.size),
                "pictures": len(places), "digest": digest.hexdigest()[:16]}
     return Pictures(request, len(places), read, dataset.labels[torch.from_numpy(places)])
+
+
+def places_of(dataset: PictureDataset, limit: int | None = None) -> np.ndarray:
+    """The positions of all pictures; with ``limit``, of so many spread evenly over the set."""
+    if limit is None or limit >= len(dataset):
+        return np.arange(len(dataset))
+    return np.linspace(0, len(dataset) - 1, limit).round().astype(np.int64)
 
 
 def of_blocks(blocks: Blocks) -> Pictures:
@@ -133,6 +149,16 @@ def thumbnail_blocks(out: Any, pictures: Pictures) -> tuple[Blocks, Callable[[ra
         return {"thumbnails": to_bytes(found)}
 
     return Blocks(out, "thumbnails", {"of": dict(pictures.request), "side": THUMBNAIL}, pictures.total), make
+
+
+def judged_blocks(out: Any, pictures: Pictures, judge: PictureTextJudge) -> tuple[Blocks, Callable[[range], Any]]:
+    """A text judge's vectors of a set."""
+    request = {"of": dict(pictures.request), "judge": judge.name, "weights": judge.fingerprint}
+
+    def make(block: range) -> dict[str, Tensor]:
+        return {"vectors": judge.pictures(pictures.read(block))}
+
+    return Blocks(out, "judged", request, pictures.total), make
 
 
 @dataclass(frozen=True)
@@ -206,9 +232,10 @@ def _sizes(names: Sequence[Sequence[str]]) -> str:
 
 
 def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[str, Any], seed: int, purpose: str,
-                  settings: Mapping[str, Any], batch_size: int,
-                  hooks: Sequence[Hook] = ()) -> tuple[Blocks, Callable[[range], Any]]:
+                  settings: Mapping[str, Any], batch_size: int, hooks: Sequence[Hook] = (),
+                  labels_of: Callable[[Tensor], Any] | None = None) -> tuple[Blocks, Callable[[range], Any]]:
     """Pictures that a system draws: picture i has seed ``seed + i`` and the i-th label, which came about by ``rule``.
+    labels_of: rows as the system takes them, by default those of classes.
 
     The count is no part of the request: asking for more goes on with what is there.
     """
@@ -218,8 +245,7 @@ def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[s
 
     def make(block: range) -> dict[str, Tensor]:
         rows_Bn = labels_Nn[block.start:block.stop]
-        labels = [tuple(None if index == size else index for index, size in zip(row, subject.classes, strict=True))
-                  for row in rows_Bn.tolist()]
+        labels = (labels_of or subject.labels)(rows_Bn)
         drawn = subject.system.generate(labels, seeds=[seed + i for i in block], purpose=purpose, output="torch",
                                         batch_size=batch_size, progress=False, hooks=hooks, **settings)
         found = {"pictures": to_bytes(drawn.images), "labels": rows_Bn}

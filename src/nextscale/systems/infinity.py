@@ -129,8 +129,6 @@ class Infinity(TextConditionalSystem):
     """The system, see ``TextConditionalSystem``."""
 
     config_type = InfinityConfig
-    adapter_targets = ("attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection",
-                       "mlp.expand", "mlp.contract")
 
     def __init__(self, config: InfinityConfig):
         super().__init__(config)

@@ -92,8 +92,6 @@ class STAR(TextConditionalSystem):
     parts = ("base", "sampler")
     text_front = ("generator.pooled.*", "generator.blocks.*.text.kv.*", "generator.blocks.*.text.v_bias",
                   "head.sampler.pooled.*")
-    adapter_targets = ("attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection",
-                       "mlp.expand", "mlp.contract")
 
     def __init__(self, config: STARConfig):
         super().__init__(config)

@@ -52,6 +52,10 @@ class TextConditionalSystem(System):
     """
 
     transformer_parts: tuple[str, ...] = ("generator", "head", "text")
+    # Of the generator alone: blocks of a text encoder, and of what draws in rounds, have the same names.
+    adapter_targets = tuple(f"generator.*.{name}" for name in (
+        "attention.qkv", "attention.projection", "text.query", "text.kv", "text.projection", "mlp.expand",
+        "mlp.contract"))
     text: Any
 
     # Which parameters read the text encoder's features, as patterns of their names.

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from nextscale import hub
 from nextscale.configuration import build
 from nextscale.data.token_buckets import BUCKETS
-from nextscale.data.token_dataset import TokenDataset
 from nextscale.errors import InputError
 from nextscale.systems import folders
 from nextscale.systems.system import System
-from nextscale.training.generator_recipe import GeneratorTraining, train_generator
+from nextscale.training.generator_recipe import GeneratorTraining, train_generator, whole_batch
 from nextscale.training.journal import read_metrics
 from nextscale.training.token_recipe import training_tokens
 from nextscale.training.tokenizer_recipe import load_tokenizer
@@ -76,20 +75,18 @@ def train_member(member: Member) -> dict[str, Any]:
         raise InputError(f"{member.name} was stopped after step {done.step}; run the same command to go on")
     system = folders.load(member.out / "model")
     curve = [(record["step"], record[HELD_OUT_LOSS]) for record in read_metrics(member.out) if HELD_OUT_LOSS in record]
-    dataset, held_out = _tokens(wanted, member.out)
+    takes: dict[str, Any] = dict(system.takes(system.config))
+    dataset, held_out = training_tokens(wanted, load_tokenizer(Path(wanted.tokenizer)), member.out, **takes)
     if held_out is None or not curve:
         raise InputError(f"{member.name}: nothing held out was measured; scaling needs held-out pictures "
                          "(data.held_out_split) and train.sample_every above 0")
+    batch = whole_batch(held_out, captions=takes["captions"])
     found = {"name": member.name, "parameters": non_embedding_parameters(system.generator),
              "tokens_a_step": wanted.train.batch_size * system.plan.length,
              "dataset_tokens": len(dataset) * system.plan.length, "seed": wanted.train.seed, "curve": curve,
-             "measured": measure(system, held_out.read(range(len(held_out))), held_out.labels)}
+             "measured": measure(system, batch["tokens"], system.training_rows(batch))}
     hub.save_json(found, path)
     return found
-
-
-def _tokens(wanted: GeneratorTraining, out: Path) -> tuple[TokenDataset, TokenDataset | None]:
-    return training_tokens(wanted, load_tokenizer(Path(wanted.tokenizer)), out)
 
 
 def non_embedding_parameters(generator: nn.Module) -> int:
@@ -106,19 +103,24 @@ def non_embedding_parameters(generator: nn.Module) -> int:
 
 
 @torch.no_grad()
-def measure(system: System, tokens_NL: Tensor, labels_Nn: Tensor, batch: int = 64) -> dict[str, float]:
-    """Held-out nats a token and share of wrong guesses, over all scales and at the last one (VAR's L and Err)."""
+def measure(system: System, tokens_NL: Tensor, rows: Any, batch: int = 64) -> dict[str, float]:
+    """Held-out nats a token and share of wrong guesses, over all scales and at the last one (VAR's L and Err).
+
+    rows: label rows (N, n), or captions.
+    """
     rows_K = torch.tensor([step.rows for step in system.plan], dtype=torch.float64)
     nats_K = torch.zeros(len(rows_K), dtype=torch.float64)
     right_K = torch.zeros(len(rows_K), dtype=torch.float64)
     system.eval()
     for start in range(0, len(tokens_NL), batch):
         part = tokens_NL[start:start + batch].to(system.device)
-        labels = labels_Nn[start:start + batch].to(system.device)
-        _, by_step_K, guessed_K = system.loss(system.training_tokens(part), labels, 0.0, 0.0)
+        asked = rows[start:start + batch]
+        if isinstance(asked, Tensor):
+            asked = asked.to(system.device)
+        _, by_step_K, guessed_K = system.loss(system.training_tokens(part), asked, 0.0, 0.0)
         if guessed_K is None:
             raise InputError(f"{type(system).__name__} guesses no tokens; scaling laws of error need a system of codes")
-        nats_K += by_step_K.double().cpu() * len(part)
+        nats_K += by_step_K.double().cpu() * (len(part) * system.nats_of_loss)
         right_K += guessed_K.double().cpu() * len(part)
     nats_K, wrong_K = nats_K / len(tokens_NL), 1 - right_K / len(tokens_NL)
     return {"loss": float((nats_K * rows_K).sum() / rows_K.sum()), "loss_last_scale": float(nats_K[-1]),

@@ -22,7 +22,14 @@ def check_names(system: nn.Module, targets: Sequence[str] | None, frozen: Sequen
     if targets is not None:
         target_names(system, targets)
     choose_trained(system, False, frozen)
-    choose_trained(system, targets is not None, also=(*also, "labels"))
+    beside = (*also, *class_tables(system))
+    if beside:  # without any, adapters alone train, which are not there yet
+        choose_trained(system, targets is not None, also=beside)
+
+
+def class_tables(system: nn.Module) -> tuple[str, ...]:
+    """What trains beside adapters in any case, as a pattern: the class tables, which text systems don't have."""
+    return ("labels",) if hasattr(system, "labels") else ()
 
 
 def choose_trained(system: nn.Module, adapters: bool, frozen: Sequence[str] = (), also: Sequence[str] = ()) -> None:
@@ -134,14 +141,16 @@ class PartTask(GeneratorTask):
 
 
 class FinetuneTask(PartTask):
-    """``PartTask`` whose data's labels become labels of the model."""
+    """``PartTask`` whose data's labels become labels of the model. change: what became of its classes, None where text
+    steers."""
 
-    def __init__(self, system: Any, change: ClassChange, base: str, average: bool = True, **settings: Any):
+    def __init__(self, system: Any, change: ClassChange | None, base: str, average: bool = True, **settings: Any):
         super().__init__(system, base, average, **settings)
         self.change = change
 
     def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
         for part in self.parts.values():
             part.train()
-        labels = translate(batch["labels"], self.change, self.system.config.classes)
-        return super().loss(phase, {**batch, "labels": labels}, at)
+        if self.change is not None:
+            batch = {**batch, "labels": translate(batch["labels"], self.change, self.system.config.classes)}
+        return super().loss(phase, batch, at)

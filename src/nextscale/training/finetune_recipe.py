@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,20 @@ from nextscale.devices import choose_device
 from nextscale.errors import InputError, WeightsError
 from nextscale.registry import weights_of
 from nextscale.systems import folders
-from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
+from nextscale.systems.class_conditional import ClassConditionalSystem
+from nextscale.systems.system import Config, System
+from nextscale.systems.text_conditional import TextConditionalSystem
 from nextscale.training import adapters
 from nextscale.training.adapters import AdapterConfig, AdapterFile
 from nextscale.training.classes import ClassChange, ClassNames, Initial, extend_classes, translate
 from nextscale.training.config import TrainConfig
-from nextscale.training.finetune import FinetuneTask, check_names, choose_trained, train_new_rows
-from nextscale.training.generator_recipe import plans_of, sheet_of, whole_batch
+from nextscale.training.finetune import FinetuneTask, check_names, choose_trained, class_tables, train_new_rows
+from nextscale.training.generator_recipe import kept_features, plans_of, sheet_captions, sheet_of, whole_batch
 from nextscale.training.recipes import DataRecipe
 from nextscale.training.token_recipe import token_loader, training_tokens
 from nextscale.training.trainer import Trainer, TrainResult
+
+SHOWN = 32  # pictures of a sample sheet
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,13 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
 
     Raises InputError on wrong keys and values, WeightsError on a model that can't be loaded.
     """
-    config = model_config(str(recipe.get("model", "")))
+    config: Any = model_config(str(recipe.get("model", "")))
     side = config.tokenizer.grids[-1][0] * config.tokenizer.factor
     wanted = build(FinetuneTraining, {**recipe, "data": {"size": side, **recipe.get("data", {})}}, "recipe")
+    takes = folders.system_type(config.slug).takes(config)
+    if takes["captions"] and replace(wanted.classes, train="new") != ClassRecipe():
+        raise InputError("recipe: classes says what becomes of a model's classes, but text steers "
+                         f"{wanted.model}; leave it out")
     with torch.device("meta"):
         targets = wanted.lora.targets if wanted.lora.rank else None
         check_names(folders.system_type(config.slug)(config), targets, wanted.freeze, wanted.train_also)
@@ -102,23 +110,30 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     system.tokenizer.to(device)
     control = getattr(system.config, "control", None)
     kinds: tuple[str, ...] = () if control is None else control.cached
-    dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds, system=type(system))
+    dataset, held_out = training_tokens(wanted, system.tokenizer, out, kinds, **takes, system=type(system))
     change, classes = prepare(system, wanted, dataset.class_names)
     system.to(device)
-    validation = None
-    if held_out is not None:
-        labels = translate(held_out.labels, change, system.config.classes)
-        validation = {**whole_batch(held_out, kinds), "labels": labels}
-    shown, maps = sheet_labels(dataset.labels, change, system), None
-    if kinds:
-        rows, maps = sheet_of(held_out or dataset, kinds)
-        shown = names_of(translate(torch.tensor(rows), change, system.config.classes), system)
+    validation = None if held_out is None else whole_batch(held_out, kinds, **takes)
+    shown: Any = None
+    maps: Tensor | None = None
+    if change is None:
+        shown = sheet_captions(held_out or dataset, SHOWN)
+        if system.encoder is None:
+            system.encoder = kept_features(config.encoder, out / "text", 0, (dataset, held_out), device)
+    else:
+        if validation is not None:
+            validation["labels"] = translate(validation["labels"], change, system.config.classes)
+        shown = sheet_labels(dataset.labels, change, system)
+        if kinds:
+            rows, maps = sheet_of(held_out or dataset, kinds)
+            shown = names_of(translate(torch.tensor(rows), change, system.config.classes), system)
     task = FinetuneTask(system, change, base, wanted.train.ema_decay > 0, label_dropout=wanted.label_dropout,
                         part_dropout=wanted.part_dropout, label_smoothing=wanted.label_smoothing,
                         checkpointing=wanted.checkpointing, compile=wanted.compile,
-                        validation=validation, sheet_labels=shown, sheet_control=maps,
-                        plans=plans_of(system, dataset))
-    trainer = Trainer(task, token_loader(dataset, wanted.data, wanted.train, kinds), wanted.train, out, resume)
+                         validation=validation, sheet_labels=shown, sheet_control=maps,
+                         plans=plans_of(system, dataset))
+    loader = token_loader(dataset, wanted.data, wanted.train, kinds, **takes)
+    trainer = Trainer(task, loader, wanted.train, out, resume)
     result = trainer.train()
     task.adopt(trainer.averaged_modules())
     trained = {name: p for name, p in system.named_parameters() if p.requires_grad}
@@ -135,26 +150,29 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     return result
 
 
-def prepare(system: Any, wanted: FinetuneTraining, class_names: Any) -> tuple[ClassChange, ClassNames | None]:
+def prepare(system: Any, wanted: FinetuneTraining, class_names: Any) -> tuple[ClassChange | None, ClassNames | None]:
     """A trained system made ready, in place: classes, precision, adapters, and what trains. Returns what became of the
-    classes, and how to repeat it, None where they stayed as they were."""
-    names = tuple(tuple(kind) for kind in class_names)
-    before = system.labels
-    change = extend_classes(system, names, wanted.classes.keep, wanted.classes.initial)
-    classes = None if system.labels is before else ClassNames(names, wanted.classes.keep, wanted.classes.initial)
+    classes, None where it has none, and how to repeat it, None where they stayed as they were."""
+    change, classes = None, None
+    if class_tables(system):
+        names = tuple(tuple(kind) for kind in class_names)
+        before = system.labels
+        change = extend_classes(system, names, wanted.classes.keep, wanted.classes.initial)
+        if system.labels is not before:
+            classes = ClassNames(names, wanted.classes.keep, wanted.classes.initial)
     torch.manual_seed(wanted.train.seed)
     if wanted.lora.rank:
         if wanted.base_precision == "bf16":
             for part in adapters.network(system).values():
                 part.to(torch.bfloat16)
         adapters.attach(system, wanted.lora)
-    choose_trained(system, wanted.lora.rank > 0, wanted.freeze, (*wanted.train_also, "labels"))
-    if wanted.classes.train == "new":
+    choose_trained(system, wanted.lora.rank > 0, wanted.freeze, (*wanted.train_also, *class_tables(system)))
+    if change is not None and wanted.classes.train == "new":
         train_new_rows(system, change.new)
     return change, classes
 
 
-def model_config(name: str) -> SystemConfig:
+def model_config(name: str) -> Config:
     """A model's configuration without its weights. Raises InputError on names that are none."""
     if not name:
         raise InputError("recipe: model is missing; give a name or a folder, as in --model runs/generator/model")
@@ -168,10 +186,10 @@ def model_config(name: str) -> SystemConfig:
 
 
 def open_base(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
-              control_weights: str | None = None) -> ClassConditionalSystem:
+              control_weights: str | None = None) -> System:
     """The model to fine-tune, in float32. Raises WeightsError for a published size without its files."""
     system = open_trained(name, weights, tokenizer_weights, control_weights)
-    if not isinstance(system, ClassConditionalSystem):
+    if not isinstance(system, (ClassConditionalSystem, TextConditionalSystem)):
         raise InputError(f"{name} is a {type(system).__name__}, which fine-tuning does not know")
     return system
 
@@ -212,7 +230,7 @@ def names_of(labels_Nn: Tensor, system: Any) -> list[Any]:
     return [tuple(None if i == size else i for i, size in zip(row, sizes, strict=True)) for row in labels_Nn.tolist()]
 
 
-def sheet_labels(labels_Nn: Tensor, change: ClassChange, system: Any, count: int = 32) -> list[Any]:
+def sheet_labels(labels_Nn: Tensor, change: ClassChange, system: Any, count: int = SHOWN) -> list[Any]:
     """Labels of sample sheets: those of the data, each once before any again, as ``generate`` takes them."""
     found = names_of(translate(torch.unique(labels_Nn, dim=0), change, system.config.classes), system)
     return (found * (count // len(found) + 1))[:count] if len(found) < count else found[::len(found) // count][:count]
