@@ -290,7 +290,7 @@ def test_editing_keeps_what_is_known_and_enlarging_keeps_its_coarse_scales() -> 
 
 def test_an_enlarged_picture_keeps_the_low_pass_of_the_small_one() -> None:
     """With the model that ships: trained fine scales add detail to known coarse ones."""
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("emoji-text-64")
     small = resize(emoji(4, 64, True), (32, 32), "area")
     large = system.enlarge(small, output="torch", progress=False, guidance_scale=1.0)
     free = system.generate(None, 4, output="torch", progress=False, guidance_scale=1.0)
@@ -302,7 +302,7 @@ def test_an_enlarged_picture_keeps_the_low_pass_of_the_small_one() -> None:
 
 
 def test_the_signal_to_noise_ratio_of_real_pictures_rises_with_every_scale() -> None:
-    tokenizer = nextscale.load("emoji-64").tokenizer
+    tokenizer = nextscale.load("emoji-text-64").tokenizer
     pictures = emoji(16, 64, True)
     with torch.no_grad():
         found = signal_to_noise(tokenizer.latent(pictures), tokenizer.encode(pictures).tokens,

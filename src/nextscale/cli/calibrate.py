@@ -9,12 +9,13 @@ import typer
 
 from nextscale.cli import options
 from nextscale.errors import InputError, did_you_mean
+from nextscale.registry import DEFAULT_MODEL
 
 
 def calibrate(
     method: Annotated[str, typer.Argument(help="What to calibrate: scalekv, hack, litevar, ...")],
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     label: options.Labels = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Pictures drawn, of each --label.")] = 10,
     seed: options.Seed = 0,
@@ -34,10 +35,10 @@ def calibrate(
 
     \b
     Examples:
-      nextscale calibrate scalekv --model emoji-64 --set share=0.2 --set window=4 --out out/budgets.json
-      nextscale generate --model emoji-64 --hook "scalekv budgets=out/budgets.json" --out out/sample.png
-      nextscale calibrate hack --model emoji-64 --out out/heads.json
-      nextscale calibrate litevar --model emoji-64 --set budget=0.3 --out out/windows.json
+      nextscale calibrate scalekv --model emoji-text-64 --set share=0.2 --set window=4 --out out/budgets.json
+      nextscale generate --model emoji-text-64 --hook "scalekv budgets=out/budgets.json" --out out/sample.png
+      nextscale calibrate hack --model emoji-text-64 --out out/heads.json
+      nextscale calibrate litevar --model emoji-text-64 --set budget=0.3 --out out/windows.json
     """
     from dataclasses import asdict
 

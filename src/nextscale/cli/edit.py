@@ -11,6 +11,7 @@ import typer
 
 from nextscale.cli import options
 from nextscale.errors import InputError
+from nextscale.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,7 @@ def edit(
     ] = None,
     label: options.Labels = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     paste: Annotated[
         bool, typer.Option("--paste/--no-paste", help="Put the picture's own pixels back outside the region.")
     ] = True,
