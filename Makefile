@@ -1,13 +1,16 @@
-# make sample   draw a sheet of pictures into out/
+# make sample   draw a sheet of pictures of six phrases into out/
 # make test     run the test suite
 # make lint     style, import directions, types
 # make clean    remove what the commands above made
 #
-# PYTHON names the interpreter that makes the virtual environment, VENV the folder it goes into.
+# PYTHON names the interpreter that makes the virtual environment, VENV the folder it goes into; PHRASES what the sheet
+# shows, a row each: make sample PHRASES='"a red apple" "an owl, 3d style"'
 
 PYTHON ?= python3
 VENV ?= .venv
 SHEET ?= out/sample.png
+PHRASES ?= "red apple, flat style" "grinning face, 3d style" "red heart" "sunflower, noto style" "a blue car" \
+           "house, gradient style"
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -43,7 +46,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 sample: $(VENV)/.installed
 	@echo "drawing a sheet of pictures (the first import of PyTorch takes some seconds)"
 	@mkdir -p $(dir $(SHEET))
-	@$(BIN)/nextscale generate --model emoji-64 --out $(SHEET)
+	@$(BIN)/nextscale generate $(PHRASES) --count 8 --precision bf16 --out $(SHEET)
 	@echo "the sheet is at $(abspath $(SHEET))"
 
 test: $(VENV)/.installed-dev

@@ -7,7 +7,7 @@ Three tables. *Curve*: for logits up to s and even degrees g, the largest relati
 the error of attention over the 680 rows of VAR's schedule at 256 pixels (random unit queries and keys, one head), the
 features, and the multiplications over those of exact attention at three schedules. *Time*: both kinds over schedules of
 growing length, step by step, turn by turn in one process; the exponent is the slope of log time over log rows. *Train*:
-on tokens of the shipped emoji, generators with heads of width 8 whose logits are held at or below s; what the same
+on tokens of the emoji, generators with heads of width 8 whose logits are held at or below s; what the same
 degree does to their attention and to greedily drawn tokens.
 """
 from __future__ import annotations
@@ -107,12 +107,12 @@ class Compare(Hook):
         return exact
 
 
-def trained(shipped: VAR, s: float, steps: int, tokens: list[Tensor], labels: Tensor) -> tuple[VAR, float]:
-    """A small generator on the shipped model's tokens whose logits never exceed s, and its last losses' mean."""
+def trained(drawer: VAR, s: float, steps: int, tokens: list[Tensor], labels: Tensor) -> tuple[VAR, float]:
+    """A small generator on emoji-64's tokens whose logits never exceed s, and its last losses' mean."""
     torch.manual_seed(0)
-    config = replace(shipped.config, generator=VARGeneratorConfig(depth=3, width=64, heads=8))
+    config = replace(drawer.config, generator=VARGeneratorConfig(depth=3, width=64, heads=8))
     system = VAR(VARConfig(config.tokenizer, config.generator, config.classes, config.class_names, config.settings))
-    system.tokenizer.load_state_dict(shipped.tokenizer.state_dict())
+    system.tokenizer.load_state_dict(drawer.tokenizer.state_dict())
     system.initialise(gate=0.1)
     scales = [block.attention.scale_1H11 for block in system.generator.blocks]  # type: ignore[union-attr]
     with torch.no_grad():
@@ -134,16 +134,16 @@ def trained(shipped: VAR, s: float, steps: int, tokens: list[Tensor], labels: Te
 
 
 def transition(steps: int) -> None:
-    shipped = nextscale.load("emoji-64")
+    drawer = nextscale.load("runs/emoji-64")
     data = open_dataset("emoji", 64, "train")
     places = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:512]
     pictures = torch.from_numpy(data.read(places.numpy())[0][:, :3].copy()).float() / 127.5 - 1
     labels = data.labels[places]
-    tokens = [torch.cat(step) for step in zip(*(shipped.encode(part) for part in pictures.split(32)), strict=True)]
+    tokens = [torch.cat(step) for step in zip(*(drawer.encode(part) for part in pictures.split(32)), strict=True)]
     print(f"\n{steps} steps of 16 pictures\n\n| logits at most | loss | degree | worst layer's error | equal greedy "
           "tokens |\n| ---: | ---: | ---: | ---: | ---: |")
     for s, degrees in ((0.5, (4,)), (1.0, (4, 6)), (4.0, (4, 6))):
-        system, loss = trained(shipped, s, steps, tokens, labels)
+        system, loss = trained(drawer, s, steps, tokens, labels)
         asked = [tuple(row) for row in labels[:16].tolist()]
         drawn = {degree: torch.cat(system.generate(asked, hooks=[LowRankAttention(degree)] if degree else [], top_k=1,
                                                    output="torch", progress=False).tokens, 1)

@@ -1,4 +1,4 @@
-"""What memory policies do to the pictures of the model that ships, at the same budget.
+"""What memory policies do to the pictures of emoji-64, at the same budget.
 
     python experiments/cache_policies.py scalekv [--pictures 48] [--shares 0.1 0.2]
     python experiments/cache_policies.py hack [--pictures 48] [--compression 0.5]
@@ -66,7 +66,7 @@ class Bench:
     """The full memory's pictures, tokens and distributions, and what a policy makes of them."""
 
     def __init__(self, pictures: int):
-        self.system = nextscale.load("emoji-64")
+        self.system = nextscale.load("runs/emoji-64")
         draw = random.Random(5)
         self.labels = [(draw.randrange(51), draw.randrange(5)) for _ in range(pictures)]
         self.guidance = self.system.guidance(self.system.settings_for("pictures", {}))

@@ -29,7 +29,6 @@ from nextscale.evaluation.evaluate import Evaluation, Wanted
 from nextscale.evaluation.features import fingerprint, open_extractor
 from nextscale.evaluation.sets import Subject
 from nextscale.systems.code_decoding import pair
-from nextscale.systems.folders import shipped_folder
 from nextscale.training.generator_recipe import train_generator
 
 SIZES = {"wide": {"depth": 6, "width": 256, "heads": 4, "shared_modulation": True},
@@ -41,7 +40,7 @@ SPLITS = ("train", "concept-test")
 def tokens(out: Path, data: str) -> Path:
     """The folder of cached tokens of emoji-64's tokenizer."""
     for split in SPLITS:
-        words = ["tokenize", "--tokenizer", str(shipped_folder("emoji-64")), "--data", data, "--split", split]
+        words = ["tokenize", "--tokenizer", "runs/emoji-64", "--data", data, "--split", split]
         if not (out / "tokens" / split / "manifest.json").is_file() and command.run([*words, "--out",
                                                                                      str(out / "tokens")]):
             raise InputError("the tokens could not be made; see above")
@@ -97,7 +96,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def run(given: argparse.Namespace) -> str:
-    start = str(shipped_folder("emoji-64"))
+    start = "runs/emoji-64"
     folders = {name: train(name, given, given.minutes, 1e-3, tokenizer=start, generator=sizes)
                for name, sizes in SIZES.items()}
     networks = {name: nextscale.load(str(folder), device="cpu") for name, folder in folders.items()}

@@ -1,11 +1,11 @@
-"""How well samples follow a control: CAR and SCALAR on the model that ships, edges taken from samples again.
+"""How well samples follow a control: CAR and SCALAR on emoji-64, edges taken from samples again.
 
     python experiments/control_agreement.py train car --minutes 45       # resumes runs/control/car
     python experiments/control_agreement.py train scalar --minutes 45
     python experiments/control_agreement.py measure car scalar --count 256
     python experiments/control_agreement.py cost
 
-``train`` trains the control part alone, the base stays as it ships; minutes are of the processor's time. ``measure``
+``train`` trains the control part alone, the base stays as it is; minutes are of the processor's time. ``measure``
 draws one picture for every one of some held-out pictures, with their labels and edges, and takes Canny's edges from
 it: F1 against the picture's own edges, and against those of another picture (shuffled). The same for pictures drawn by
 the shuffled edges, by none, and for the held-out pictures through the tokenizer, which no sample can be expected to
@@ -59,7 +59,7 @@ def make_tokens(recipe: dict[str, Any], runs: Path) -> None:
     from nextscale.training.generator_recipe import GeneratorTraining
 
     wanted = build(GeneratorTraining, recipe, "recipe")
-    training_tokens(wanted, load_tokenizer(folders.shipped_folder("emoji-64")), runs, ("canny",))
+    training_tokens(wanted, load_tokenizer(ROOT / "runs" / "emoji-64"), runs, ("canny",))
 
 
 def held_out(count: int) -> tuple[Tensor, list[tuple[int, ...]], Tensor]:
@@ -134,11 +134,11 @@ def cost(systems: list[str]) -> dict[str, Any]:
 
 
 def built(name: str) -> Any:
-    """The system of the shipped size, with random control weights."""
+    """The system of emoji-64's size, with random control weights."""
     from nextscale.configuration import build
 
     kind = folders.system_type(name)
-    config = folders.read_config(folders.shipped_folder("emoji-64"))
+    config = folders.read_config(ROOT / "runs" / "emoji-64")
     control = build(type(kind.config_type().control), read_recipe(f"emoji-64-{name}")["control"], "recipe.control")
     shared = {"tokenizer": config.tokenizer, "generator": config.generator, "classes": config.classes}
     return kind(kind.config_type(**shared, control=control)).eval()

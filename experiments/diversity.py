@@ -1,4 +1,4 @@
-"""What guidance and diversity methods do to the model that ships: how varied its samples are, and how often right.
+"""What guidance and diversity methods do to emoji-64: how varied its samples are, and how often right.
 
     python experiments/diversity.py diversevar      # settings of DiverseVAR beside warmer sampling
     python experiments/diversity.py guidance        # SoftCFG, its ablation, and schedules of guidance
@@ -39,7 +39,7 @@ from nextscale.sampling.guidance import ClassifierFree
 Row = tuple[str, dict[str, Any], str]  # what it is called, settings, hook
 
 DIVERSEVAR: list[Row] = [
-    ("as it ships", {}, ""),
+    ("as recommended", {}, ""),
     ("temperature 0.7", {"temperature": 0.7}, ""),
     ("temperature 0.85", {"temperature": 0.85}, ""),
     *((f"suppression {s}, amplification {a}", {}, f"diversevar suppression={s} amplification={a}")
@@ -48,7 +48,7 @@ DIVERSEVAR: list[Row] = [
     ("0.1, 0.1 around the whole network", {}, "diversevar suppression=0.1 amplification=0.1 mode=model"),
 ]
 GUIDANCE: list[Row] = [
-    ("as it ships (guidance 2)", {}, ""),
+    ("as recommended (guidance 2)", {}, ""),
     ("SoftCFG", {}, "softcfg"),
     ("SoftCFG, not normalised", {}, "softcfg normalised=false"),
     ("guidance 3", {"guidance_scale": 3.0}, ""),
@@ -64,7 +64,7 @@ def hooks_of(text: str) -> list[Hook]:
 
 def compare(rows: Sequence[Row], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Figures of every row, printed as they come."""
-    system = nextscale.load("emoji-64", precision=options.precision)
+    system = nextscale.load("runs/emoji-64", precision=options.precision)
     classifier, held_out = load_classifier("emoji-judge"), whole_set(open_dataset("emoji", 64, "concept-test"))
     real = judge(classifier, held_out.pictures).features_ND
     labels = list(itertools.product(*map(range, system.config.classes))) * options.count
@@ -114,7 +114,7 @@ class Forced(Hook):
 
 def gap(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Mean |z_cond - z_uncond| (log-probabilities) and entropy of the guided distribution, step by step."""
-    system = nextscale.load("emoji-64", precision=options.precision)
+    system = nextscale.load("runs/emoji-64", precision=options.precision)
     held_out: PictureSet = whole_set(open_dataset("emoji", 64, "concept-test"))
     some = held_out.part(torch.arange(0, len(held_out), max(1, len(held_out) // options.pictures))[:options.pictures])
     scale, found = system.config.settings["pictures"].guidance_scale, []
@@ -134,9 +134,9 @@ def gap(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def costs() -> dict[str, Any]:
-    """Arithmetic that the methods add to a guided picture of the model that ships (additions and multiplications), and
+    """Arithmetic that the methods add to a guided picture of emoji-64 (additions and multiplications), and
     its share of the network's own."""
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("runs/emoji-64")
     plan, config = system.plan, system.config.generator
     branches, own, scaled, spectral = 2, 0.0, 0, 0
     for n, k, m, many, batch, share in system.products(1):

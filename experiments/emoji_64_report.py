@@ -1,4 +1,4 @@
-"""Every figure and sheet of docs/emoji-64.md, from the weights that ship.
+"""Every figure and sheet of docs/emoji-64.md, of the model that its commands make.
 
     python experiments/emoji_64_report.py                     # all of it, some minutes of one CPU core
     python experiments/emoji_64_report.py --count 5 --out /tmp/report    # a quick look
@@ -306,7 +306,7 @@ def _spread(pictures: PictureSet, count: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="emoji-64", help="name or folder")
+    parser.add_argument("--model", default="runs/emoji-64", help="name or folder")
     parser.add_argument("--out", default=str(ROOT / "docs" / "emoji-64"))
     parser.add_argument("--count", type=int, help="samples a class (15, in a sweep 3); multiples of 5 suit the styles")
     parser.add_argument("--likelihood", type=int, default=400, help="pictures to score, of each kind")

@@ -108,7 +108,7 @@ def measure(system: Any, texts: Sequence[str], count: int, held_out: int, seed: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hook", action="append", default=[], required=True)
-    parser.add_argument("--model", default="emoji-64")
+    parser.add_argument("--model", default="runs/emoji-64")
     parser.add_argument("--count", type=int, default=64, help="pictures to draw")
     parser.add_argument("--held-out", type=int, default=64, help="emoji of held-out concepts for the nats; 0 for none")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""LiteVAR on the shipped model: what its three parts leave out, and what they change.
+"""LiteVAR on emoji-64: what its three parts leave out, and what they change.
 
     python experiments/litevar_emoji.py count                       # pairs at 256, 512, 1024 pixels, bytes; no weights
     python experiments/litevar_emoji.py draw [--pictures 32]        # pictures of emoji-64 beside those without
@@ -122,7 +122,7 @@ def compare(system: Any, hooks: dict[str, LiteVAR], pictures: int, others: dict[
 
 
 def draw(given: argparse.Namespace) -> None:
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("runs/emoji-64")
     hooks = {f"window {reach}": LiteVAR(window=reach) for reach in (1.0, 0.5, 0.35, 0.25)}
     depth = system.config.generator.depth
     hooks |= {f"block {block} shares": LiteVAR(share=(block,)) for block in range(depth)}
@@ -131,14 +131,14 @@ def draw(given: argparse.Namespace) -> None:
 
 
 def load(given: argparse.Namespace) -> None:
-    others = {name: nextscale.load("emoji-64", precision=name) for name in ("bf16", "int8")}
+    others = {name: nextscale.load("runs/emoji-64", precision=name) for name in ("bf16", "int8")}
     for name, other in others.items():
         print(f"{name}: {weight_bytes(other.generator):,} bytes in the network")
-    compare(nextscale.load("emoji-64"), {}, given.pictures, others)
+    compare(nextscale.load("runs/emoji-64"), {}, given.pictures, others)
 
 
 def calibrate(given: argparse.Namespace) -> None:
-    system, hooks = nextscale.load("emoji-64"), {}
+    system, hooks = nextscale.load("runs/emoji-64"), {}
     for pair in given.budgets.split(","):
         budget, share_budget = map(float, pair.split(":"))
         found = Calibration(budget, share_budget).run(system, labels_of(system, 8), progress=False)
@@ -148,7 +148,7 @@ def calibrate(given: argparse.Namespace) -> None:
 
 
 def round_weights(given: argparse.Namespace) -> None:
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("runs/emoji-64")
     pictures, labels = held_out(given.pictures)
     tokens = system.encode(pictures)
     plain = system.log_prob(tokens, labels).token

@@ -116,7 +116,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="emoji", help="pictures, as `nextscale train tokenizer --data` takes them")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a trained tokenizer; the shipped one otherwise")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a trained tokenizer; emoji-64's otherwise")
     parser.add_argument("--out", type=Path, default=Path("runs/nfig-bands"))
     parser.add_argument("--steps", type=int, default=0, help="train a small tokenizer a rule for so many steps instead")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(given.threads)
         base = None
         if not given.steps:
-            base = load_tokenizer(given.tokenizer) if given.tokenizer else nextscale.load("emoji-64").tokenizer
+            base = load_tokenizer(given.tokenizer) if given.tokenizer else nextscale.load("runs/emoji-64").tokenizer
         size = (base.picture_size if base else (32, 32))[0]
         data = DataRecipe(given.data, size, balanced=False, held_out=given.held_out)
         dataset, held_out = open_splits(data)

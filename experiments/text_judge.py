@@ -199,9 +199,9 @@ def warm_start(judge: TextJudge) -> None:
 
 
 def measure(folder: Path, splits: list[str]) -> dict[str, Any]:
-    """Rates of real pictures, as they are and through the tokenizer of the model that ships."""
+    """Rates of real pictures, as they are and through the tokenizer of emoji-64."""
     judge, captions = load_text_judge(folder), Captions.read(Path(emoji_set_path()))
-    tokenizer = nextscale.load("emoji-64")
+    tokenizer = nextscale.load("runs/emoji-64")
     found: dict[str, Any] = {}
     for split in splits:
         pictures, rows = pictures_of(split)

@@ -240,7 +240,7 @@ def test_command_counts_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     (["--compare", "plain"], "no --hook was given"),
     (["--model", "hmar-d16", "--compare", "baseline"], "VAR's published loop, the model is a hmar"),
     (["--model", "var-d16", "--compare", "baseline", "--schedule", "1,2x3"], "square scales"),
-    (["--model", "emoji-6"], "did you mean 'emoji-64'?"),
+    (["--model", "emoji-text-6"], "did you mean 'emoji-text-64'?"),
     (["--hook", "nothing-of-the-kind"], "unknown hook"),
     (["--count", "--alone"], "--count measures no time"),
     (["--json", "/proc/none/x.json", "--count"], "cannot be written"),

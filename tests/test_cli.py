@@ -366,7 +366,7 @@ def test_data_show_counts_classes_and_names_broken_files(work: Path, capsys: pyt
 def test_models_and_systems_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["models"]) == 0
     said = capsys.readouterr().out
-    assert "emoji-64" in said and "310M + 109M tokenizer" in said
+    assert "emoji-text-64" in said and "310M + 109M tokenizer" in said
     assert run(["systems"]) == 0
     said = capsys.readouterr().out
     assert "130 systems" in said and "Scale-wise core" in said
@@ -407,7 +407,7 @@ BAD_LINES = [
     ("generate --model {model} --out a.jpg", "cannot write .jpg"),
     ("generate --model {model} --out {picture}/a.png", "is a file, not a folder"),
     ("generate --model {model} --out /proc/a.png", "cannot be written"),
-    ("generate --model emoji-46 --out a.png", "did you mean 'emoji-64'"),
+    ("generate --model emoji-text-46 --out a.png", "did you mean 'emoji-text-64'"),
     ("generate --model var --out a.png", "no model or folder"),
     ("generate --model os:getcwd --out a.png", "no model or folder"),
     ("generate --model ../../etc/passwd --out a.png", "no model or folder"),

@@ -16,7 +16,7 @@ import test_m_var
 import test_mar
 import test_nfig
 import torch
-from tiny import emoji, tiny_var
+from tiny import PHRASES, emoji, tiny_var
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -210,12 +210,12 @@ def test_other_rows_and_nothing_restored_draw_other_pictures() -> None:
 
 @torch.no_grad()
 def test_cached_restoration_keeps_the_shipped_model_closer_to_itself_than_what_it_is_compared_with() -> None:
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("emoji-text-64")
     used = system.settings_for("pictures", {})
     guidance = system.guidance(used)
 
     def latent(hooks: list[FastVAR]) -> Tensor:
-        labels = system.label_rows([(i * 51 // 8, i % 5) for i in range(8)])
+        labels = system.label_rows(PHRASES)
         *_, run = system.loop(system.start(labels, guidance, Keyed.from_seeds(range(8))), guidance, used, hooks, None)
         return run.canvas.value
 

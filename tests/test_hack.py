@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from policies import against_masked, drawn, plan_rows
-from tiny import fill, tiny_var
+from tiny import PHRASES, fill, tiny_var
 
 import nextscale
 from nextscale.acceleration.calibration import Observed
@@ -164,9 +164,9 @@ def test_variance_is_taken_over_the_queries_of_a_key_and_heads_are_ranked_over_a
 
 
 def test_calibration_tells_the_shipped_models_heads_apart_and_draws_with_them(tmp_path: Path) -> None:
-    system = nextscale.load("emoji-64")
-    batch, more = (torch.tensor(Calibration().run(system, [(i, i % 5) for i in labels], progress=False)["variance"])
-                   for labels in (range(0, 51, 13), range(3, 51, 6)))
+    system = nextscale.load("emoji-text-64")
+    batch, more = (torch.tensor(Calibration().run(system, phrases, progress=False)["variance"])
+                   for phrases in (PHRASES[:4], PHRASES[4:]))
     ranks = torch.stack([x.flatten().argsort().argsort().double() for x in (batch, more)])
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.9
     small, out = tiny_var(), tmp_path / "heads.json"

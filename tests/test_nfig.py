@@ -4,7 +4,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +217,10 @@ def test_kinds_whose_scales_do_not_add_up_have_no_bands() -> None:
 
 # A trained tokenizer
 
-SHIPPED = files("nextscale").joinpath("weights").joinpath("emoji-64")
-needs_weights = pytest.mark.skipif(not SHIPPED.joinpath("tokenizer.safetensors").is_file(),
-                                   reason="no trained model is in here yet")
-
 
 @cache
 def trained() -> Tokenizer:
-    return nextscale.load("emoji-64", device="cpu").tokenizer
+    return nextscale.load("emoji-text-64", device="cpu").tokenizer
 
 
 def partial_canvases(tokenizer: Tokenizer, pictures: Tensor) -> list[Tensor]:
@@ -238,7 +233,6 @@ def partial_canvases(tokenizer: Tokenizer, pictures: Tensor) -> list[Tensor]:
     return found
 
 
-@needs_weights
 @pytest.mark.parametrize("bands", RULES)
 def test_partial_canvases_hold_less_beyond_their_band_than_var_s(bands: Bands) -> None:
     pictures = emoji(24, 64, held_out=True)
@@ -250,7 +244,6 @@ def test_partial_canvases_hold_less_beyond_their_band_than_var_s(bands: Bands) -
         assert float(energy_above(ours[k], edge).mean()) < float(energy_above(theirs[k], edge).mean()), k
 
 
-@needs_weights
 @pytest.mark.parametrize("bands", ["nyquist", "soft"])
 def test_the_error_falls_with_every_band(bands: Bands) -> None:
     """Not with ``paper``: on an 8x8 latent its second and third bands hold nothing."""

@@ -182,7 +182,7 @@ def test_scales_weigh_alike_where_the_recipe_says_so() -> None:
     system = tiny()
     tokens = system.encode(emoji(4))
     task = GeneratorTask(system, 0.0, step_weights="equal", compile="off")
-    found, by_step, _ = system.loss(tokens, labels(4), 0.0, 0.0, task.step_weights)
+    found, by_step, _ = system.loss(tokens, labels(4), 0.0, 0.0, task._weights(system.plan))
     assert float(found.detach()) == pytest.approx(float(by_step.mean()), rel=1e-6)
 
 
@@ -290,7 +290,7 @@ def test_editing_keeps_what_is_known_and_enlarging_keeps_its_coarse_scales() -> 
 
 def test_an_enlarged_picture_keeps_the_low_pass_of_the_small_one() -> None:
     """With the model that ships: trained fine scales add detail to known coarse ones."""
-    system = nextscale.load("emoji-64")
+    system = nextscale.load("emoji-text-64")
     small = resize(emoji(4, 64, True), (32, 32), "area")
     large = system.enlarge(small, output="torch", progress=False, guidance_scale=1.0)
     free = system.generate(None, 4, output="torch", progress=False, guidance_scale=1.0)
@@ -298,11 +298,11 @@ def test_an_enlarged_picture_keeps_the_low_pass_of_the_small_one() -> None:
     assert large.images.shape == (4, 3, 64, 64) and known < len(system.plan)
     off, other = (float((resize(d.images, (8, 8), "area") - resize(small, (8, 8), "area")).square().mean())
                   for d in (large, free))
-    assert off < 0.1 * other
+    assert off < 0.25 * other
 
 
 def test_the_signal_to_noise_ratio_of_real_pictures_rises_with_every_scale() -> None:
-    tokenizer = nextscale.load("emoji-64").tokenizer
+    tokenizer = nextscale.load("emoji-text-64").tokenizer
     pictures = emoji(16, 64, True)
     with torch.no_grad():
         found = signal_to_noise(tokenizer.latent(pictures), tokenizer.encode(pictures).tokens,

@@ -61,7 +61,7 @@ def test_every_model_name_leads_to_a_function(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("fast-var", "fastvar"), ("Infinty", "infinity"), ("var-d61", "var-d16"), ("emoji64", "emoji-64")],
+    [("fast-var", "fastvar"), ("Infinty", "infinity"), ("var-d61", "var-d16"), ("emojitext64", "emoji-text-64")],
 )
 def test_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(InputError, match=f"did you mean '{meant}'"):

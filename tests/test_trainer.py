@@ -53,6 +53,17 @@ def test_training_lowers_the_loss_and_leaves_metrics_samples_and_checkpoints(pic
     assert measured == [5, 10, 15, 20, 25, 30, 35, 40]
 
 
+def test_the_step_after_samples_knows_of_them_in_whichever_process(pictures: Path, tmp_path: Path) -> None:
+    class Listening(AutoencoderTask):
+        def after_step(self, at: Any) -> dict[str, float]:
+            self.heard = [*getattr(self, "heard", []), at.rested]
+            return super().after_step(at)
+
+    task = Listening()
+    make_trainer(pictures, tmp_path, task, steps=7, sample_every=3).train()
+    assert task.heard == [False, False, False, True, False, False, True]
+
+
 def test_accumulated_micro_batches_train_like_the_whole_batch(pictures: Path, tmp_path: Path) -> None:
     whole = make_trainer(pictures, tmp_path / "whole", AutoencoderTask(0.0, 0.0))
     parts = make_trainer(pictures, tmp_path / "parts", AutoencoderTask(0.0, 0.0), accumulate=4)

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +182,20 @@ def test_prefix_training_is_the_first_scales_of_the_whole() -> None:
     assert metrics["scales"] == 2 and "nats_1" in metrics and "nats_2" not in metrics
     _, metrics = task.loss("main", batch, TrainingStep(9, 10, 0.95, 0, 0))
     assert "nats_3" in metrics and "scales" not in metrics
+
+
+def test_processes_have_the_same_metrics_after_one_of_them_drew_samples(tmp_path: Path) -> None:
+    tasks = [GeneratorTask(tiny_var().train(), sheet_labels=[0], compile="off") for _ in range(2)]
+    batch = {"tokens": torch.cat(random_tokens(tasks[0].system.plan, 2), 1), "labels": labels(2)}
+
+    def names(task: GeneratorTask, at: TrainingStep) -> set[str]:
+        task.loss("main", batch, at)
+        return set(task.after_step(at))
+
+    assert [[names(task, AT) for task in tasks] for _ in range(2)][1] == [{"flop_utilisation"}] * 2
+    tasks[0].samples(tmp_path, AT, tasks[0].averaged())
+    assert [names(task, replace(AT, rested=True)) for task in tasks] == [set()] * 2
+    assert [names(task, AT) for task in tasks] == [{"flop_utilisation"}] * 2
 
 
 @pytest.mark.parametrize("wrong", [{"share": 1.0}, {"first": 0}, {"warmup": -0.1}], ids=str)

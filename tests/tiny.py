@@ -27,6 +27,9 @@ from nextscale.tokenizers.config import TokenizerConfig
 AUTOENCODER = AutoencoderConfig(32, (1, 1, 2), 1, 1, 8, 32, "middle")
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))
 CLASSES = 5
+PHRASES = ("red apple, flat style", "grinning face, 3d style", "sunflower", "flag of France", "an owl, noto style",
+           "blue car", "house, gradient style", "a soccer ball")
+"""What the model that ships is asked for."""
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """nextscale: visual autoregressive generation as one vocabulary of parts.
 
     import nextscale
-    system = nextscale.load("emoji-64")
-    system.generate(("animal-mammal", "noto"), count=4, seed=1).images[0].save("picture.png")
+    system = nextscale.load("emoji-text-64")
+    system.generate("red apple, flat style", count=4, seed=1).images[0].save("picture.png")
 
 Shape letters, used as suffixes of tensor names (`tokens_BL`, `canvas_BCHW`): B pictures, L rows (positions),
 C width, V vocabulary, H and W latent height and width, K steps, D condition width, R branches x pictures, N keys.
@@ -18,7 +18,7 @@ __all__ = ["__version__", "hook", "list_hooks", "list_models", "list_systems", "
 
 
 def load(name: str, **options: Any) -> Any:
-    """A model by name (``emoji-64``, ``var-d16``, ...) or from a folder that ``nextscale train`` or ``convert`` wrote.
+    """A model by name (``emoji-text-64``, ``var-d16``, ...) or from a folder of ``nextscale train`` or ``convert``.
 
     options: ``precision`` (``fp32``, ``bf16`` or ``int8``), ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``), and for
     published sizes ``tokenizer``, ``generator`` and, where a picture steers, ``control``, of a pair ``drafter``:

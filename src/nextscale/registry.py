@@ -88,7 +88,9 @@ _UNRELEASED |= dict.fromkeys(("infinity-125m", "infinity-361m", "infinity-940m",
                               "infinity-8.7b", "infinity-20b"), "nextscale.systems.infinity:preset_config")
 _SMALL = dict.fromkeys(("var-d6-64px", "var-d2-16px"), "nextscale.systems.var:preset_config")
 _SMALL |= {f"{slug}-64px": f"nextscale.systems.{slug}:preset_config" for slug in ("flowar", "xar", "mar", "himar")}
-_SHIPPED = {"emoji-64": "nextscale.systems.folders:shipped"}
+DEFAULT_MODEL = "emoji-text-64"
+"""What is loaded where no model is named: it comes with the package."""
+_SHIPPED = {DEFAULT_MODEL: "nextscale.systems.folders:shipped"}
 
 
 # Hook name -> "module:class": what `nextscale.hook` and `--hook` take.

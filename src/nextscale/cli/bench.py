@@ -10,6 +10,7 @@ import typer
 
 from nextscale.cli import options
 from nextscale.errors import InputError
+from nextscale.registry import DEFAULT_MODEL
 
 
 class Compare(str, Enum):
@@ -28,7 +29,7 @@ class ClockKind(str, Enum):
 
 
 def bench(
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn at once.")] = 1,
     dtype: Annotated[
         list[options.Precision] | None,
@@ -80,7 +81,7 @@ def bench(
     \b
     Examples:
       nextscale bench --model var-d16 --dtype fp32 --dtype bf16 --compare baseline
-      nextscale bench --model emoji-64 --batch 8 --hook 'fastvar ratio=0.5' --compare plain
+      nextscale bench --model emoji-text-64 --batch 8 --hook 'fastvar ratio=0.5' --compare plain
       nextscale bench --model var-d30 --schedule 1,2,4,8,16,32,64 --count
       nextscale bench --cold
     """

@@ -9,6 +9,7 @@ import typer
 
 from nextscale.cli import options, prompted
 from nextscale.errors import InputError, did_you_mean
+from nextscale.registry import DEFAULT_MODEL
 
 
 def calibrate(
@@ -17,7 +18,7 @@ def calibrate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help="What to draw, of a model that text steers: one or several prompts.")
     ] = None,
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     label: options.Labels = None,
     prompts: options.Prompts = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Pictures drawn, of each label or prompt.")] = 10,
@@ -38,11 +39,10 @@ def calibrate(
 
     \b
     Examples:
-      nextscale calibrate scalekv --model emoji-64 --set share=0.2 --set window=4 --out out/budgets.json
-      nextscale generate --model emoji-64 --hook "scalekv budgets=out/budgets.json" --out out/sample.png
-      nextscale calibrate hack --model emoji-64 --out out/heads.json
-      nextscale calibrate litevar --model emoji-64 --set budget=0.3 --out out/windows.json
-      nextscale calibrate hack "a red apple" "a cat" --model runs/text/model --count 5 --out out/heads.json
+      nextscale calibrate scalekv "a red apple" "a cat" --set share=0.2 --set window=4 --out out/budgets.json
+      nextscale generate "a red apple" --hook "scalekv budgets=out/budgets.json" --out out/sample.png
+      nextscale calibrate hack "a red apple" "a cat" --count 5 --out out/heads.json
+      nextscale calibrate litevar --model runs/emoji-64 --set budget=0.3 --out out/windows.json
     """
     from dataclasses import asdict
 

@@ -11,6 +11,7 @@ import typer
 
 from nextscale.cli import options, prompted
 from nextscale.errors import InputError
+from nextscale.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +47,7 @@ def edit(
         str | None, typer.Option("--negative", help="A prompt for what the picture is led away from.")
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     paste: Annotated[
         bool, typer.Option("--paste/--no-paste", help="Put the picture's own pixels back outside the region.")
     ] = True,
@@ -81,11 +82,11 @@ def edit(
 
     \b
     Examples:
-      nextscale edit --picture cat.png --box 32,0,64,64 --label animal-mammal/noto --out out/half.png
-      nextscale edit --picture cat.png --mask hat.png --count 4 --out out/hats.png
+      nextscale edit "a sleeping dog" --picture cat.png --box 32,0,64,64 --out out/dog.png
+      nextscale edit "a red hat" --picture cat.png --mask hat.png --count 4 --out out/hats.png
       nextscale edit --picture cat.png --outpaint 0.5 --out out/around.png
       nextscale edit --picture cat.png --keep-scales 4 --count 4 --out out/variants.png
-      nextscale edit "a sleeping dog" --picture cat.png --box 32,0,64,64 --model runs/text/model --out out/dog.png
+      nextscale edit --picture cat.png --box 32,0,64,64 --label plant/noto --model runs/emoji-64 --out out/half.png
     """
     import torch
 

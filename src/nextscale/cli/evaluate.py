@@ -13,6 +13,7 @@ import typer
 
 from nextscale.cli import options
 from nextscale.errors import InputError, WeightsError
+from nextscale.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from nextscale.data import PictureDataset
@@ -34,7 +35,7 @@ class LabelSource(str, Enum):
 
 
 def evaluate(
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option("--out", help="Folder for figures.json, report.html and what to go on from.")] = (
         Path("out/evaluation")
     ),
@@ -119,9 +120,9 @@ def evaluate(
 
     \b
     Examples:
-      nextscale evaluate --model emoji-64 --data emoji --count 500 --out out/evaluation
+      nextscale evaluate --model emoji-text-64 --data emoji --count 500 --out out/evaluation
       nextscale evaluate --model runs/tokenizer/tokenizer --data photos/ --out out/tokenizer
-      nextscale evaluate --model runs/text/model --data emoji --split style-test --out out/text
+      nextscale evaluate --model emoji-text-64 --data emoji --split style-test --out out/text
       torchrun --nproc-per-node 4 -m nextscale.cli.main evaluate --model runs/g/model --data photos/ --count 10000
     """
     from nextscale.data.pictures_out import check_writable

@@ -13,6 +13,7 @@ import typer
 
 from nextscale.cli import options, prompted
 from nextscale.errors import InputError
+from nextscale.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ def generate(
             "--out", help="x.png: a sheet; a folder: single PNGs and a sheet; x.gif, x.webp: animation; x.npz: for FID."
         ),
     ] = Path("out/sample.png"),
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     label: options.Labels = None,
     prompts: options.Prompts = None,
     negative: Annotated[
@@ -103,11 +104,11 @@ def generate(
 
     \b
     Examples:
-      nextscale generate --model emoji-64 --out out/sample.png
-      nextscale generate --label animal-mammal/noto --label plant/twemoji --count 8 --out out/two.png
-      nextscale generate "a red apple" "a sleeping cat" --model runs/text/model --ratio 4:3 --out out/two.png
-      nextscale generate --benchmark geneval --prompts metadata.jsonl --model runs/text/model --out out/geneval
-      nextscale generate --label flag --count 4 --seed 7 --out out/flags.gif
+      nextscale generate "red apple, flat style" "a grinning face" --count 8 --out out/two.png
+      nextscale generate "flag of France" --count 4 --seed 7 --out out/flags.gif
+      nextscale generate "a red apple" "a sleeping cat" --ratio 4:3 --out out/two.png
+      nextscale generate --benchmark geneval --prompts metadata.jsonl --out out/geneval
+      nextscale generate --model runs/emoji-64 --label animal-mammal/noto --label plant --out out/classes.png
       nextscale generate --model runs/car/model --control photo.png --control-kind canny --label 3 --out out/one.png
     """
     from nextscale.data import pictures_out

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from nextscale.cli import options, prompted
+from nextscale.registry import DEFAULT_MODEL
 
 
 def limits(
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Pictures to measure logits on: a folder, a parquet file, or emoji.",
@@ -38,8 +39,8 @@ def limits(
 
     \b
     Examples:
-      nextscale limits --model emoji-64
-      nextscale limits --model emoji-64 --data emoji --count 64 --error 0.001 --json out/limits.json
+      nextscale limits --model emoji-text-64
+      nextscale limits --model emoji-text-64 --data emoji --count 64 --error 0.001 --json out/limits.json
     """
     from dataclasses import asdict
 

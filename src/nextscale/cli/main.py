@@ -47,7 +47,7 @@ def start(
     """Visual autoregressive generation: draw, edit and train pictures step by step, coarse to fine.
 
     \b
-    Example: nextscale generate --model emoji-64 --out out/sample.png
+    Example: nextscale generate "red apple, flat style" --out out/sample.png
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

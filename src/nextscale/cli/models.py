@@ -28,7 +28,7 @@ def list_models(
     \b
     Examples:
       nextscale models
-      nextscale models emoji-64
+      nextscale models emoji-text-64
     """
     from nextscale.registry import models
 

@@ -9,6 +9,7 @@ import typer
 
 from nextscale.cli import options
 from nextscale.errors import DataError, InputError
+from nextscale.registry import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def reconstruct(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("out/reconstruction.png"),
-    model: options.Model = "emoji-64",
+    model: options.Model = DEFAULT_MODEL,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many pictures.")] = 16,
     resize: options.Resize = False,
     precision: options.PrecisionOption = options.Precision.fp32,

@@ -130,8 +130,8 @@ def train_finetune(recipe: Mapping[str, Any], out: Path, resume: bool = False) -
     task = FinetuneTask(system, change, base, wanted.train.ema_decay > 0, label_dropout=wanted.label_dropout,
                         part_dropout=wanted.part_dropout, label_smoothing=wanted.label_smoothing,
                         checkpointing=wanted.checkpointing, compile=wanted.compile,
-                         validation=validation, sheet_labels=shown, sheet_control=maps,
-                         plans=plans_of(system, dataset))
+                        validation=validation, sheet_labels=shown, sheet_control=maps,
+                        plans=plans_of(system, dataset))
     loader = token_loader(dataset, wanted.data, wanted.train, kinds, **takes)
     trainer = Trainer(task, loader, wanted.train, out, resume)
     result = trainer.train()

@@ -119,9 +119,10 @@ class RetargetTask(PartTask):
 
     def _apart(self, batch: Batch, label_dropout: float, correct: bool) -> tuple[Tensor, ...]:
         system: Any = self.system
+        plan = system.training_plan(batch)
         found: tuple[Tensor, ...] = system.distillation_loss(
-            self.teacher, system.training_tokens(batch["tokens"]), (batch["caption"], batch["caption"]), label_dropout,
-            self.step_weights, self.direction, correct, **system.training_options(batch))
+            self.teacher, system.training_tokens(batch["tokens"], plan), (batch["caption"], batch["caption"]),
+            label_dropout, self._weights(plan), self.direction, correct, **system.training_options(batch))
         return found
 
     def samples(self, out: Path, at: TrainingStep, averaged: Mapping[str, nn.Module]) -> Metrics | None:

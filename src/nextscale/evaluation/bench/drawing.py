@@ -16,7 +16,7 @@ from nextscale.devices import choose_device
 from nextscale.errors import InputError
 from nextscale.evaluation.bench.baseline import liven
 from nextscale.evaluation.bench.work import Ledger, Numbers, Work, counted, planned, weight_bytes
-from nextscale.registry import weights_of
+from nextscale.registry import DEFAULT_MODEL, weights_of
 from nextscale.run import Run
 from nextscale.sampling.generation import Progress
 from nextscale.systems import folders
@@ -37,7 +37,7 @@ class Settings:
     Raises InputError on values that don't fit each other.
     """
 
-    model: str = "emoji-64"
+    model: str = DEFAULT_MODEL
     batch: int = 1
     schedule: Grids | None = None
     dtypes: tuple[str, ...] = ("fp32",)
