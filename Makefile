@@ -9,8 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SHEET ?= out/sample.png
-PHRASES ?= "red apple, flat style" "grinning face, 3d style" "red heart" "sunflower, noto style" "a blue car" \
-           "house, gradient style"
+PHRASES ?= "red apple, flat style" "grinning face, noto style" "a blue heart" "a green apple" "person running" "a fire"
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -29,8 +29,8 @@ Classes = tuple[tuple[bool, ...], ...]
 """Which heads are contextual, layer by layer."""
 
 PRESETS: dict[str, Classes] = {
-    "emoji-64": tuple(tuple(mark == "c" for mark in layer)
-                      for layer in ("cccc", "cccc", "sssc", "cssc", "sssc", "ssss")),
+    "emoji-text-64": tuple(tuple(mark == "c" for mark in layer)
+                           for layer in ("sccc", "scsc", "ssss", "sscc", "ccsc")),
 }
 """Contextual (c) and structural (s) heads, layer by layer: the shipped model's, as ``nextscale calibrate hack`` tells
 them apart."""
@@ -40,7 +40,7 @@ them apart."""
 class HACK(MemoryPolicy):
     """HACK: contextual and structural heads remember budgets of their own, chosen before attention (arXiv 2504.09261).
 
-    heads: a file of ``nextscale calibrate hack``, a mapping of the same form, or a preset (emoji-64). compression:
+    heads: a file of ``nextscale calibrate hack``, a mapping of the same form, or a preset (emoji-text-64). compression:
     1 - B / T, B rows that a head keeps on average, of the T rows of all steps, the step's own counted; contextual: B_C
     over B, what a contextual head keeps; structural heads get what is left. queries: rows of a step that judge;
     initial: first steps that structural heads always keep; merge: in the last step, contextual heads average what they

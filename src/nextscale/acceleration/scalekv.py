@@ -36,11 +36,11 @@ PRESETS = {
     "infinity-8b": of_drafters(13, 40, {8: ((0, 1, 2), 909, 629), 9: ((0, 1, 2), 1464, 584),
                                         10: ((0, 1, 2), 2463, 503), 11: ((0, 1, 2), 4054, 374),
                                         12: ((0, 1, 2), 6200, 200)}),
-    "emoji-64": Budgets((None, None, None, (13, 14, 13, 13, 13, 12), (11, 23, 11, 11, 11, 11), (9, 9, 9, 9, 9, 33)),
-                        13, 4),
+    "emoji-text-64": Budgets((None, None, None, (13, 13, 13, 14, 12), (16, 11, 11, 16, 11), (13, 13, 13, 13, 13)),
+                             13, 4),
 }
-"""The published budgets of 10% for Infinity's 13 scales up to 64x64; budgets of 20% calibrated for the shipped model
-(``nextscale calibrate scalekv --model emoji-64 --set share=0.2 --set window=4``)."""
+"""The published budgets of 10% for Infinity's 13 scales up to 64x64; budgets of 20% for the shipped model, by eight phrases
+(``nextscale calibrate scalekv "red apple, flat style" ... --count 4 --set share=0.2 --set window=4``)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ScaleKV(MemoryPolicy):
     """ScaleKV: every layer remembers its own budget of rows, chosen after attention (arXiv 2505.19602).
 
     budgets: a file of ``nextscale calibrate scalekv`` or of the published code, a mapping of the same form, or a preset
-    (infinity-2b, infinity-8b, emoji-64); empty: by the identity from ``share``, of the rows that are remembered before
+    (infinity-2b, infinity-8b, emoji-text-64); empty: by the identity from ``share``, of the rows remembered before
     the last step, and ``drafters``, layers that draft at every step (none: all layers get the same). window: rows of a
     step that judge and stay, None for the budgets' own number or 16; kernel, pooling: how scores are pooled along keys.
     scoring: ``published``: the bare query's products with the keys, summed; ``paper``: attention's probabilities.
