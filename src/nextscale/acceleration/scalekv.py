@@ -39,8 +39,8 @@ PRESETS = {
     "emoji-text-64": Budgets((None, None, None, (13, 13, 13, 14, 12), (16, 11, 11, 16, 11), (13, 13, 13, 13, 13)),
                              13, 4),
 }
-"""The published budgets of 10% for Infinity's 13 scales up to 64x64; budgets of 20% for the shipped model, by eight phrases
-(``nextscale calibrate scalekv "red apple, flat style" ... --count 4 --set share=0.2 --set window=4``)."""
+"""The published budgets of 10% for Infinity's 13 scales up to 64x64; budgets of 20% for the shipped model
+(``nextscale calibrate scalekv PHRASES --count 4 --set share=0.2 --set window=4``, eight phrases)."""
 
 
 @dataclass(frozen=True)
