@@ -151,7 +151,7 @@ Control = Annotated[
 ]
 ControlKind = Annotated[
     str | None,
-    typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, ...",
+    typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, depth:FOLDER, ...",
                  show_default="it is a map"),
 ]
 DrafterWeights = Annotated[

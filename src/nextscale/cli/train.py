@@ -169,6 +169,47 @@ def retarget(
     _train(train_retarget, read_recipe(recipe), changes, out, resume, out / "model")
 
 
+@app.command("distill")
+def distill(
+    out: Out,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="The trained model: folder or name.", show_default="the recipe's"),
+    ] = None,
+    grids: Annotated[
+        str | None,
+        typer.Option("--grids", help="The scales to keep, as in 1,3,4,8; the last is the teacher's.",
+                     show_default="the recipe's"),
+    ] = None,
+    recipe: Recipe = "distill",
+    data: Data = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", help="OUT/tokens of an earlier run to these grids, in place of pictures.",
+                     show_default=False),
+    ] = None,
+    weights: options.Weights = None,
+    tokenizer_weights: options.TokenizerWeights = None,
+    resume: Resume = False,
+    set_: Overrides = None,
+) -> None:
+    """Distil a trained SRDD or HMAR into fewer scales; OUT/model/ is the result, and may be the next run's teacher.
+
+    \b
+    Example:
+      nextscale train distill --teacher runs/srdd/model --grids 1,3,4,8 --data photos/ --out runs/short
+      nextscale generate --model runs/short/model --out out/short.png
+    """
+    from nextscale.training.distill_recipe import train_distill
+    from nextscale.training.recipes import read_recipe
+
+    changes = _changes(data, set_)
+    given = {"teacher": teacher, "grids": grids, "tokens": tokens, "weights": weights,
+             "tokenizer_weights": tokenizer_weights}
+    changes.update({key: value for key, value in given.items() if value is not None})
+    _train(train_distill, read_recipe(recipe), changes, out, resume, out / "model")
+
+
 @app.command("targets")
 def targets(model: options.Model) -> None:
     """List the layers of a model that adapters can go to, by the names that lora.targets takes; * marks the default.

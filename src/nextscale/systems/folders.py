@@ -41,7 +41,7 @@ def save(system: System, folder: Path, dtype: torch.dtype = torch.bfloat16,
     slug = system.config.slug
     for name, module in files_of(system).items():
         exact = {f"{path}.{n}" for path, part in module.named_modules() if getattr(part, "stays_float32", False)
-                 for n, _ in part.named_parameters()}
+                 for n in part.state_dict()}
         to = (tokenizer_dtype or dtype) if name == "tokenizer" else dtype
         tensors = {n: t.to(to) if t.is_floating_point() and n not in exact else t
                    for n, t in module.state_dict().items()}

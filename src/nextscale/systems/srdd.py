@@ -71,6 +71,10 @@ class SRDD(ClassConditionalSystem):
         """The tokenizer's schedule; rows see their own step and the window's."""
         return replace(self.tokenizer.plan, visible=Visibility(self.config.generator.window))
 
+    @property
+    def markov(self) -> bool:
+        return bool(self.config.generator.window == 0)
+
     def initialise(self, gate: float = 1e-3) -> SRDD:
         initialise(self.generator, self.head, self.labels, gate)
         return self

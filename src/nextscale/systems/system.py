@@ -208,6 +208,11 @@ class System(nn.Module):
         return self.tokenizer.plan
 
     @property
+    def markov(self) -> bool:
+        """Whether a step hangs on those before it through the canvas alone, so that it can be drawn from any canvas."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = next(self.head.parameters()).device
         return device

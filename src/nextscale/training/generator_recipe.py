@@ -124,6 +124,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
     maps: Tensor | None = None
     if kinds:
         labels, maps = sheet_of(held_out or dataset, kinds)
+        system.look_at(dataset.read_control(spread(dataset, 1024).numpy(), kinds))
     elif takes["captions"]:
         labels = sheet_captions(held_out or dataset)
         if system.encoder is None:
@@ -131,7 +132,7 @@ def train_generator(recipe: Mapping[str, Any], out: Path, resume: bool = False) 
             system.encoder = kept_features(wanted.text.encoder, folder, wanted.text.max_tokens, (dataset, held_out),
                                            device)
     else:
-        labels = _sheet_labels(config)
+        labels = class_sheet(config)
     system.to(device)
     task = GeneratorTask(system, wanted.label_dropout, wanted.part_dropout, wanted.label_smoothing,
                          wanted.step_weights, validation, labels, maps, wanted.prefix, wanted.checkpointing,
@@ -169,8 +170,12 @@ def whole_batch(pictures: TokenDataset, control: Sequence[str] = (), captions: b
 
 def sheet_captions(pictures: TokenDataset, count: int = 64) -> list[str]:
     """Captions of pictures spread over a cache."""
-    return [pictures.caption(place) for place in
-            torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long().tolist()]
+    return [pictures.caption(place) for place in spread(pictures, count).tolist()]
+
+
+def spread(pictures: TokenDataset, count: int) -> Tensor:
+    """At most ``count`` places of a cache, from its first picture to its last."""
+    return torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long()
 
 
 def kept_features(encoder: str, folder: Path, max_tokens: int, caches: Sequence[TokenDataset | None],
@@ -297,10 +302,11 @@ def text_config(wanted: GeneratorTraining, tokenizer: TokenizerConfig, kind: Any
 
 def sheet_of(pictures: TokenDataset, kinds: tuple[str, ...], count: int = 64) -> tuple[list[Any], Tensor]:
     """Labels and control maps, of the first kind, of pictures spread over a cache."""
-    places = torch.linspace(0, len(pictures) - 1, min(count, len(pictures))).long()
+    places = spread(pictures, count)
     maps = pictures.read_control(places.numpy(), kinds[:1])
     return [tuple(row) for row in pictures.labels[places].tolist()], maps
 
 
-def _sheet_labels(config: Any, count: int = 64) -> list[tuple[int, ...]]:
+def class_sheet(config: Any, count: int = 64) -> list[tuple[int, ...]]:
+    """Labels of ``count`` pictures of a sheet, classes in turn."""
     return [tuple((i * (1 + 6 * kind)) % size for kind, size in enumerate(config.classes)) for i in range(count)]

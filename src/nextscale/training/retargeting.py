@@ -10,10 +10,8 @@ Tokens of two encoders don't correspond, so nothing is matched token by token; w
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,8 @@ from nextscale.conditions.text_words import WordConfig, WordEncoder
 from nextscale.errors import InputError
 from nextscale.objectives.distillation import Direction
 from nextscale.systems.text_conditional import TextConditionalSystem
-from nextscale.training.finetune import PartTask
-from nextscale.training.task import Batch, Metrics, TrainingStep
+from nextscale.training.student import StudentTask
+from nextscale.training.task import Batch, Metrics
 
 
 def retargeted(teacher: TextConditionalSystem, encoder: str = "words",
@@ -87,60 +85,27 @@ def as_large(shape: torch.Size, like: Tensor) -> Tensor:
     return drawn * (like.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)).view(-1, *[1] * (drawn.ndim - 1))
 
 
-class RetargetTask(PartTask):
+class RetargetTask(StudentTask):
     """Trains the text front of a retargeted system to draw as its teacher does.
 
-    The transformer is in evaluation mode; the input of bitwise systems is corrupted as in their training. Both lose the
-    prompts of the same pictures, so that guidance goes away from the same thing. direction: of the divergence.
-    Settings: as ``GeneratorTask`` has them.
+    The input of bitwise systems is corrupted as in their training. Both lose the prompts of the same pictures, so that
+    guidance goes away from the same thing. direction: of the divergence. Others: as ``StudentTask`` has them.
 
     Raises InputError where no prompts are dropped.
     """
 
     def __init__(self, system: TextConditionalSystem, teacher: TextConditionalSystem, base: str, average: bool = True,
                  direction: Direction = "teacher-student", **settings: Any):
-        super().__init__(system, base, average, **settings)
+        super().__init__(system, teacher, base, average, **settings)
         if not 0 < self.label_dropout < 1:
             raise InputError(f"label_dropout is {self.label_dropout}; the student learns from dropped prompts what no "
                              "prompt is, so it must be above 0 and below 1")
-        self.teacher, self.direction = teacher.eval(), direction
-        system.eval()
+        self.direction = direction
 
-    def _begin(self) -> None:
-        super()._begin()
-        if self.compile == "on" or (self.compile == "auto" and self.system.device.type == "cuda"):
-            self.teacher.generator.compile(backend=self.backend, dynamic=False)
-
-    def loss(self, phase: str, batch: Batch, at: TrainingStep) -> tuple[Tensor | None, Metrics]:
-        if self._utilisation is None:
-            self._begin()
-        loss, _, _, apart_K = self._apart(batch, self.label_dropout, True)
-        return loss, {f"divergence_{k}": value for k, value in enumerate(apart_K)}
-
-    def _apart(self, batch: Batch, label_dropout: float, correct: bool) -> tuple[Tensor, ...]:
+    def apart(self, batch: Batch, label_dropout: float, training: bool) -> tuple[Tensor, Metrics]:
         system: Any = self.system
         plan = system.training_plan(batch)
-        found: tuple[Tensor, ...] = system.distillation_loss(
+        loss, _, _, apart_K = system.distillation_loss(
             self.teacher, system.training_tokens(batch["tokens"], plan), (batch["caption"], batch["caption"]),
-            label_dropout, self._weights(plan), self.direction, correct, **system.training_options(batch))
-        return found
-
-    def samples(self, out: Path, at: TrainingStep, averaged: Mapping[str, nn.Module]) -> Metrics | None:
-        found = super().samples(out, at, dict(averaged))
-        self.system.eval()
-        return found
-
-    @torch.no_grad()
-    def _validate(self) -> Metrics | None:
-        """What the loss on held-out pictures is, for the student, and how far it is from the teacher."""
-        found = super()._validate()
-        if found is None or self.validation is None:
-            return found
-        total, pictures = 0.0, len(self.validation["tokens"])
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for start in range(0, pictures, 64):
-                batch = {name: rows[start:start + 64] for name, rows in self.validation.items()}
-                batch |= {name: rows.to(self.system.device) for name, rows in batch.items() if isinstance(rows, Tensor)}
-                total += float(self._apart(batch, 0.0, False)[0]) * len(batch["tokens"]) / pictures
-        return {**found, "held_out/divergence": total}
+            label_dropout, self._weights(plan), self.direction, training, **system.training_options(batch))
+        return loss, {f"divergence_{k}": value for k, value in enumerate(apart_K)}
