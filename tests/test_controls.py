@@ -1,6 +1,7 @@
 """Control maps: what each kind shows, and that they lie beside the very tokens that they were cut with."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from nextscale.data.controls import CONTROLS, canny, distance, make_controls, pl
 from nextscale.data.token_dataset import TokenDataset
 from nextscale.data.token_loader import TokenLoader
 from nextscale.data.token_shards import TokenJob, job_fingerprint, shard_file
-from nextscale.errors import DataError, InputError
+from nextscale.errors import DataError, InputError, WeightsError
 from nextscale.training.tokens import tokenize
 
 
@@ -49,6 +50,38 @@ def test_canny_is_one_pixel_wide_closed_and_where_the_colour_changes() -> None:
     faint = square()
     faint[:, :3, 8:24, 8:24] = 245
     assert canny(faint).sum() == 0
+
+
+@pytest.fixture(scope="module")
+def depth_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny depth network of transformers, with random weights, and how its pictures are prepared."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, is_hybrid=False)
+    folder: Path = tmp_path_factory.mktemp("depth")
+    transformers.DPTForDepthEstimation(config).save_pretrained(folder)
+    settings = {"image_processor_type": "DPTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32},
+                "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_depth_of_a_network_spans_all_values_and_is_the_same_alone_or_in_a_batch(depth_folder: Path) -> None:
+    kind = f"depth:{depth_folder}"
+    found = make_controls(real(3, 48), [kind])
+    assert found.shape == (3, 1, 48, 48) and found.dtype == np.uint8 and plane_count([kind, "small"]) == 4
+    assert (found.min((1, 2, 3)) == 0).all() and (found.max((1, 2, 3)) == 255).all()
+    assert np.array_equal(found[1:2], make_controls(real(3, 48)[1:2], [kind]))
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_a_depth_network_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="can't be loaded as a depth network"):
+        make_controls(real(1), [f"depth:{tmp_path}"])
+    with pytest.raises(InputError, match="control 'depth' is unknown"):
+        make_controls(real(1), ["depth"])
 
 
 def test_canny_keeps_weak_edges_only_where_they_touch_strong_ones() -> None:

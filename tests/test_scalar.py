@@ -108,6 +108,22 @@ def test_a_scale_s_projections_act_from_that_scale_on() -> None:
         assert not torch.isclose(plain[:, span.lo:], changed[:, span.lo:]).all(-1).any()
 
 
+def test_whitened_features_are_centred_and_uncorrelated_on_what_was_measured_and_survive_saving(tmp_path: Path) -> None:
+    system, given = tiny(whiten=True), maps(64, planes=3)
+    system.look_at(given[:, :1])
+    found = system.control.look(given[:, :1]).permute(0, 2, 3, 1).flatten(0, 2).double()
+    torch.testing.assert_close(found.mean(0), torch.zeros(CHANNELS).double(), atol=1e-4, rtol=0)
+    # Three planes of one map are alike, so the six features are two, three times: rank 2.
+    largest = torch.linalg.eigvalsh(found.T @ found / len(found)).flip(0)
+    assert (0.9 < largest[:2]).all() and (largest[:2] < 1.001).all() and (largest[2:] < 1e-3).all()
+    before = system.control.whitening.matrix.clone()
+    system.look_at(given[:, 1:2])  # projections have learned of the first
+    assert torch.equal(before, system.control.whitening.matrix)
+    folders.save(system, tmp_path / "model")
+    assert torch.equal(nextscale.load(str(tmp_path / "model")).control.whitening.matrix, before)
+    assert torch.equal(system.to_precision("bf16").control.whitening.matrix, before)
+
+
 def test_a_pixel_reaches_the_cells_that_cover_it_and_the_first_scale() -> None:
     system, given = tiny(), maps(1)
     other = given.clone()
@@ -312,6 +328,12 @@ def test_the_command_line_trains_uni_on_a_trained_var(tmp_path: Path, monkeypatc
     photo = next((tmp_path / "pictures" / "class0").iterdir())
     assert main.run(["generate", "--model", "uni/model", "--label", "1", "--out", "a.png", "--control", str(photo),
                      "--control-kind", "lines"]) == 0
+    small = [part for one in (*sets[:3], "data.size=16", "train.precision=fp32", "base_precision=fp32")
+             for part in ("--set", one)]
+    assert main.run(["train", "finetune", "--model", "uni/model", "--data", "pictures", "--lora-rank", "2", "--out",
+                     "tuned", *small]) == 0
+    assert (tmp_path / "tuned" / "samples" / "control.png").is_file()
+    assert torch.equal(nextscale.load("tuned/model").control.whitening.matrix, system.control.whitening.matrix)
 
 
 def test_edge_agreement_counts_hits_with_and_without_slack() -> None:

@@ -1,21 +1,23 @@
 """Control maps: what is taken from a picture to steer where things are in another one.
 
 A map is uint8, of the picture's size. ``canny`` and ``edges`` need the picture alone; ``mask`` and ``distance`` need a
-set whose pictures have alpha masks. Maps are made, by OpenCV, from the very crop that they go with.
+set whose pictures have alpha masks; ``depth:PLACE`` needs a network. Maps are made, by OpenCV and transformers, from
+the very crop that they go with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from nextscale.errors import InputError, MissingExtraError, did_you_mean
+from nextscale.errors import InputError, MissingExtraError, WeightsError, did_you_mean
 
-__all__ = ["CONTROLS", "Control", "check_kinds", "make_controls", "plane_count", "planes_of"]
+__all__ = ["CONTROLS", "Control", "check_kinds", "control_of", "make_controls", "plane_count", "planes_of"]
 
 Pixels = np.ndarray
 """uint8 (B, 3 or 4, H, W), the alpha mask as the fourth plane."""
@@ -100,6 +102,39 @@ def small(pixels: Pixels) -> np.ndarray:
     return np.stack(found)
 
 
+def depth(pixels: Pixels, place: str) -> np.ndarray:
+    """What a network of transformers (MiDaS's DPT, Depth Anything) says of depth, from 0 to 255 in every picture; these
+    give the nearest the largest value. Pictures are resized and normalised as its own files say."""
+    import torch
+
+    network, prepare = depth_network(place)
+    found = []
+    for one in pixels:  # one by one: a map is the same whatever it is made beside
+        given = prepare(images=[np.ascontiguousarray(one[:3].transpose(1, 2, 0))], return_tensors="pt")
+        with torch.inference_mode():
+            near = network(**given).predicted_depth[:, None].float()
+        near = torch.nn.functional.interpolate(near, pixels.shape[-2:], mode="bicubic", antialias=True)[0]
+        span = float(near.amax() - near.amin())
+        found.append(((near - near.amin()) / (span or 1.0) * 255).round().clamp(0, 255).numpy())
+    return np.stack(found).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def depth_network(place: str) -> tuple[Any, Any]:
+    """A depth network and what prepares its pictures. Raises MissingExtraError, WeightsError."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "text", f"estimate depth by {place}") from None
+    try:
+        network = transformers.AutoModelForDepthEstimation.from_pretrained(place, use_safetensors=True)
+        return network.eval(), transformers.AutoImageProcessor.from_pretrained(place)
+    except Exception as error:  # the hub and the loader have dozens of error types
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(f"{place} can't be loaded as a depth network ({reason}); give a folder or a hub name "
+                           "such as Intel/dpt-hybrid-midas") from None
+
+
 def picture(pixels: Pixels) -> np.ndarray:
     """The picture itself."""
     return pixels[:, :3].copy()
@@ -108,15 +143,25 @@ def picture(pixels: Pixels) -> np.ndarray:
 CONTROLS: dict[str, Control] = {
     "edges": Control(edges), "canny": Control(canny), "lines": Control(lines), "mask": Control(mask, alpha=True),
     "distance": Control(distance, alpha=True), "small": Control(small, 3), "picture": Control(picture, 3)}
-"""Kinds of control maps by name. Others (depth, normals, HED of a network) come as maps of one's own."""
+"""Kinds of control maps by name, beside ``depth:PLACE``. Others (normals, HED) come as maps of one's own."""
+
+
+def control_of(kind: str) -> Control:
+    """A kind of map by name: one of ``CONTROLS``, or ``depth:PLACE`` with PLACE a folder or a hub name of a network
+    that estimates depth. Raises InputError for an unknown one."""
+    name, _, place = kind.partition(":")
+    if name == "depth" and place:
+        return Control(lambda pixels: depth(pixels, place))
+    if kind not in CONTROLS:
+        hint = did_you_mean(kind, CONTROLS, f"; there are {', '.join(CONTROLS)} and depth:PLACE")
+        raise InputError(f"control {kind!r} is unknown{hint}")
+    return CONTROLS[kind]
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
     """Kinds of maps that can be made. Raises InputError for unknown ones and for one that is there twice."""
     for kind in kinds:
-        if kind not in CONTROLS:
-            hint = did_you_mean(kind, CONTROLS, f"; there are {', '.join(CONTROLS)}")
-            raise InputError(f"control {kind!r} is unknown{hint}")
+        control_of(kind)
     if len(set(kinds)) < len(kinds):
         raise InputError(f"controls {', '.join(kinds)}: one is there twice")
     return tuple(kinds)
@@ -124,18 +169,18 @@ def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 
 def plane_count(kinds: Sequence[str]) -> int:
     """Planes of some kinds of maps, one behind the other."""
-    return sum(CONTROLS[kind].planes for kind in kinds)
+    return sum(control_of(kind).planes for kind in kinds)
 
 
 def planes_of(wanted: Sequence[str], kinds: Sequence[str]) -> list[int]:
     """Where the planes of some kinds lie among those of all ``kinds``. Raises InputError where one isn't there."""
-    starts = np.cumsum([0, *(CONTROLS[kind].planes for kind in kinds)]).tolist()
+    starts = np.cumsum([0, *(control_of(kind).planes for kind in kinds)]).tolist()
     places: list[int] = []
     for kind in wanted:
         if kind not in kinds:
             raise InputError(f"there are no maps of {kind!r}, only of {', '.join(kinds) or 'nothing'}")
         start = starts[list(kinds).index(kind)]
-        places += range(start, start + CONTROLS[kind].planes)
+        places += range(start, start + control_of(kind).planes)
     return places
 
 
@@ -145,6 +190,6 @@ def make_controls(pixels: Pixels, kinds: Sequence[str]) -> np.ndarray:
     Raises InputError for unknown kinds, and where a kind needs masks that the pixels don't have.
     """
     for kind in check_kinds(kinds):
-        if CONTROLS[kind].alpha and pixels.shape[1] < 4:
+        if control_of(kind).alpha and pixels.shape[1] < 4:
             raise InputError(f"control {kind!r} is taken from alpha masks, which these pictures don't have")
-    return np.concatenate([CONTROLS[kind].make(pixels) for kind in kinds], 1)
+    return np.concatenate([control_of(kind).make(pixels) for kind in kinds], 1)

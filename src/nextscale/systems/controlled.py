@@ -62,6 +62,10 @@ class ControlledSystem(VAR):
         """The control as a hook on the network, for maps that ``maps_of`` gave."""
         raise NotImplementedError
 
+    def look_at(self, maps: Tensor) -> None:
+        """Called once before training, with maps uint8 (B, P, H, W) of ``config.control.cached`` of some training
+        pictures; for what has to be measured of them."""
+
     def maps_of(self, control: Maps, count: int | None = None) -> Tensor:
         """Maps as bytes (B, P, H, W) of the model's size; one map serves ``count`` pictures.
 
@@ -146,7 +150,8 @@ class ControlledSystem(VAR):
 
     def to_precision(self, precision: str) -> ControlledSystem:
         super().to_precision(precision)
-        self.control.to(next(self.head.parameters()).dtype)
+        for parameter in self.control.parameters():  # what was measured of features stays as exact as it was
+            parameter.data = parameter.data.to(next(self.head.parameters()).dtype)
         return self
 
     def control_names(self) -> NameMap:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextscale.control.scalar import ControlEncoding, EncodingConfig, EncodingHook, alignment_loss, pick
-from nextscale.data.controls import CONTROLS
+from nextscale.data.controls import control_of
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.parallel import rand_pictures
@@ -47,6 +47,10 @@ class SCALAR(ControlledSystem):
         self.control.initialise()
         return self
 
+    def look_at(self, maps: Tensor) -> None:
+        parts = maps.split([control_of(kind).planes for kind in self.config.control.cached], 1)
+        self.control.measure(torch.cat([part.expand(-1, 3, -1, -1) for part in parts]))
+
     def attach(self, maps: Maps | Mapping[str, Maps], *, count: int | None = None,  # type: ignore[override]
                kind: str | None = None, weights: Mapping[str, Any] | None = None) -> EncodingHook:
         """The encodings as a hook, for maps of ``count`` pictures.
@@ -74,7 +78,7 @@ class SCALAR(ControlledSystem):
         kind_B = torch.arange(pictures, device=control.device) % len(kinds)
         if self.control.training:
             kind_B = (rand_pictures(pictures, device=control.device) * len(kinds)).long()
-        shown = pick(control[:, :-3], [CONTROLS[kind].planes for kind in kinds], kind_B)
+        shown = pick(control[:, :-3], [control_of(kind).planes for kind in kinds], kind_B)
         aligned = self.control.aligned(self.control.look(shown), kind_B)
         loss, by_step, right = self.hooked_loss(tokens, labels_Bn, [self._hook(aligned)], label_dropout, part_dropout,
                                                 step_weights, label_smoothing)

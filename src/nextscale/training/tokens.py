@@ -26,7 +26,7 @@ from nextscale.canvas import Canvas
 from nextscale.data import PictureDataset
 from nextscale.data.buckets import Bucket
 from nextscale.data.captions import captions_fingerprint
-from nextscale.data.controls import CONTROLS, check_kinds, make_controls
+from nextscale.data.controls import check_kinds, control_of, make_controls
 from nextscale.data.crops import RANDOM_CROPS
 from nextscale.data.token_buckets import begin_buckets, caches_in, is_cache, read_manifests, refuse_buckets
 from nextscale.data.token_dataset import TokenDataset
@@ -105,7 +105,7 @@ def describe(tokenizer: Tokenizer, dataset: PictureDataset, crops: int = 1, flip
                           "is another every time; ask for several, as in --crops 8"))
     if flips and dataset.left_right_matters:
         raise InputError(f"{name} says that left and right matter in its pictures; leave mirrored versions out")
-    if any(CONTROLS[kind].alpha for kind in check_kinds(control)) and not dataset.has_alpha:
+    if any(control_of(kind).alpha for kind in check_kinds(control)) and not dataset.has_alpha:
         raise InputError(f"{name}: its pictures have no alpha masks, which one of the controls {', '.join(control)} is "
                          "taken from; use edges, canny, lines or small")
     told = ""
