@@ -162,6 +162,22 @@ def test_times_are_the_published_ones() -> None:
 
 
 @torch.no_grad()
+def test_pooled_modulation_does_not_know_which_position_said_what() -> None:
+    changed = {}
+    for pooled in (False, True):
+        torch.manual_seed(0)
+        head = FlowTransformerHead(FlowHeadConfig(2, 32, 2, pooled=pooled), Plan.scales(GRIDS), 4, 48)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        step = len(GRIDS) - 1
+        rows = head.plan.steps[step].rows
+        z, x, time = torch.randn(2, rows, 48), torch.randn(2, rows, 4), torch.full((2,), 0.5)
+        ours, other = (head(x, time, head.condition(step, given)) for given in (z, z.flip(1)))
+        changed[pooled] = float((ours - other).abs().max())
+    assert changed[True] < 1e-4 < 1e-2 < changed[False]
+
+
+@torch.no_grad()
 def test_spatial_modulation_by_one_vector_everywhere_is_ordinary_modulation() -> None:
     head = tiny().head
     x, z = torch.randn(2, 16, 8), torch.randn(2, 1, 48)

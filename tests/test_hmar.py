@@ -22,6 +22,7 @@ from nextscale.noise import Keyed
 from nextscale.objectives.teacher_forcing import teacher_forcing_call
 from nextscale.plan import ALL_PREVIOUS, OWN_STEP
 from nextscale.run import Sample
+from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import Unguided
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import sample_steps
@@ -113,6 +114,43 @@ def test_a_picture_of_many_rounds_does_not_hang_on_its_batch() -> None:
     both = system.generate([1, 2], seeds=[7, 8], output="torch", progress=False)
     alone = system.generate([2], seeds=[8], output="torch", progress=False)
     assert all(torch.equal(a[1:], b) for a, b in zip(both.tokens, alone.tokens, strict=True))
+
+
+def test_editing_redraws_all_that_is_not_known_in_sight_of_what_is_and_never_what_is() -> None:
+    system, seen = tiny(COUNTS), {}
+    head = InRounds(system.head, check_rounds(COUNTS, system.plan), lambda k, j, m, s: seen.update({(k, j): (m, s)}))
+    guidance = system.guidance(system.config.settings["pictures"])
+    tokens = system.encode(emoji(2))
+    # Of the first picture half of every scale is known, of the second nothing.
+    keep = [torch.arange(step.rows).expand(2, -1) * torch.tensor([[2], [0]]) >= step.rows for step in system.plan]
+    run = system.start(labels(2), guidance, Keyed.from_seeds([0, 1]))
+    model = type("Model", (), {"generator": system.generator, "head": head})()
+    with torch.no_grad():
+        list(sample_steps(model, run, guidance, (), [ForcedTokens(tokens, keep)]))
+    for step in range(1, 4):
+        again = seen[step, 1][0]
+        assert torch.equal(again[0], ~keep[step][0]), "all that isn't known"
+        assert int(again[1].sum()) == sum(COUNTS[step][1:]), "as without editing"
+        assert torch.equal(run.tokens[step][keep[step]], tokens[step][keep[step]])
+        assert torch.equal(run.tokens[step][~again], seen[step, 0][1].tokens[~again])
+
+
+def test_what_is_known_steers_its_own_scale_only_in_sight() -> None:
+    system = tiny(COUNTS)
+    tokens = system.encode(emoji(1))
+    keep = [torch.zeros(1, step.rows, dtype=torch.bool) for step in system.plan]
+    keep[3][:, ::2] = True
+    other = [*tokens[:3], (tokens[3] + 7) % 32]
+    drawn = {}
+    for sighted in (True, False):
+        for name, given in (("one", tokens), ("other", other)):
+            used = system.settings_for("pictures", {"sighted": sighted})
+            run = system.start(labels(1), system.guidance(used), Keyed.from_seeds([5]))
+            with torch.no_grad():
+                list(system.loop(run, system.guidance(used), used, [ForcedTokens(given, keep)], None))
+            drawn[sighted, name] = run.log_probs[3][~keep[3]]
+    assert not torch.equal(drawn[True, "one"], drawn[True, "other"])
+    assert torch.equal(drawn[False, "one"], drawn[False, "other"])
 
 
 @pytest.mark.parametrize(("rounds", "message"), [

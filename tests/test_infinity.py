@@ -341,6 +341,16 @@ def test_pictures_stream_and_are_edited_from_prompts() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept.tokens, system.encode(picture), strict=True))
 
 
+def test_an_empty_prompt_is_said_and_none_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    system = tiny()
+    with caplog.at_level(logging.WARNING, "nextscale"):
+        said = system.generate(["sun", " "], seed=1, output="torch")
+    assert "1 of 2 prompts is empty" in caplog.text
+    caplog.clear()
+    none = system.generate(["sun", None], seed=1, output="torch")
+    assert not caplog.text and torch.equal(said.images[0], none.images[0])
+
+
 # Sizes and schedules
 
 def test_sizes_and_ratios_give_published_schedules(caplog: pytest.LogCaptureFixture) -> None:

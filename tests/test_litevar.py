@@ -312,7 +312,7 @@ def test_a_model_loads_with_int8_weights_and_says_what_it_cannot(tmp_path: Path)
 
 
 def test_a_trained_model_keeps_its_likelihood_with_eight_bits_if_fc2_stays_high() -> None:
-    """The sheet's check: less than half a percent without fc2, far more with it, a scale a tensor."""
+    """The sheet's check: less than half a percent without fc2, over twice the error with it, a scale a tensor."""
     system, count = nextscale.load("emoji-text-64"), 4
     tokens = system.encode(emoji(count, 64, held_out=True))
 

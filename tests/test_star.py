@@ -27,6 +27,7 @@ from nextscale.objectives.teacher_forcing import teacher_forced, teacher_forcing
 from nextscale.objectives.token_dropping import TokenDropping, token_dropping_loss
 from nextscale.plan import Plan, places
 from nextscale.run import At, Run, Sample, conditions
+from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import ClassifierFree, Unguided
 from nextscale.sampling.steps import evaluator, sample_steps
 from nextscale.systems import folders
@@ -251,6 +252,22 @@ def test_pictures_stream_and_are_edited_from_prompts() -> None:
     assert torch.equal(last.images, drawn.images)
     kept = system.edit(emoji(1), torch.zeros(1, 16, 16, dtype=torch.bool), "sun", output="torch")
     assert all(torch.equal(a, b) for a, b in zip(kept.tokens, system.encode(emoji(1)), strict=True))
+
+
+def test_known_tokens_of_a_scale_in_rounds_stay_and_steer_the_others() -> None:
+    system = tiny(ROUNDS)
+    tokens, step = system.encode(emoji(1)), len(ROUNDS) - 1
+    assert ROUNDS[step]
+    keep = [torch.zeros(1, len(one[0]), dtype=torch.bool) for one in tokens]
+    keep[step][:, ::2] = True
+    found = []
+    for given in (tokens, [*tokens[:step], (tokens[step] + 7) % 32]):
+        used = system.settings_for("pictures", {})
+        run = system.start(system.label_rows("sun"), system.guidance(used), Keyed.from_seeds([5]))
+        list(system.sampled(run, system.guidance(used), used, [ForcedTokens(given, keep)]))
+        assert torch.equal(run.tokens[step][keep[step]], given[step][keep[step]])
+        found.append(run.log_probs[step][~keep[step]])
+    assert not torch.equal(*found)
 
 
 # Stable sampling

@@ -21,6 +21,7 @@ from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.bitwise import SphericalBits
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
+from nextscale.training.tokens import tokenizer_hash
 
 ONE = ((4, 4),)
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,19 @@ def make(case: str, **changes: Any) -> Tokenizer:
     tokenizer = Tokenizer(TokenizerConfig(sizes, **given)).eval()
     fill(tokenizer)
     return tokenizer
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_what_only_counts_leaves_the_fingerprint_of_a_tokenizer_as_it_is(case: str) -> None:
+    tokenizer = make(case)
+    before = tokenizer_hash(tokenizer)
+    for name, buffer in tokenizer.quantiser.named_buffers():
+        if name in ("usage_KV", "ones_KC", "seen_K"):
+            buffer += 1
+    assert tokenizer_hash(tokenizer) == before
+    next(tokenizer.encoder.parameters()).add_(1)
+    assert tokenizer_hash(tokenizer) != before
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -307,6 +307,36 @@ def test_every_entity_has_a_time_and_the_loss_is_of_all_positions() -> None:
     assert system.loss(tokens[:2], labels(3), 0.0)[1].shape == (2,)
 
 
+def test_clean_context_learns_one_entity_a_picture_from_what_the_sampler_has() -> None:
+    system = tiny()
+    tokens, cond = system.encode(emoji(8)), system.labels(labels(8))
+
+    def loss(given: list[Tensor], noise: Tensor, seed: int = 3) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return noisy_context_loss(system.generator, system.head, system.plan, given, cond, clean=True,
+                                  draws=(torch.full((8, 4), 0.6), noise))
+
+    noise = torch.randn(8, 16, 8, generator=torch.Generator().manual_seed(1))
+    one, by_step = loss(tokens, noise)
+    torch.manual_seed(3)
+    drawn = (torch.rand(8) * 4).long()  # entities of four rows each
+    with torch.no_grad():
+        found = []
+        for picture, entity in enumerate(drawn.tolist()):
+            time = torch.zeros(1, 4)
+            time[0, entity] = 0.6
+            x = torch.cat(tokens, 1)[picture:picture + 1].clone()
+            here = slice(4 * entity, 4 * entity + 4)
+            wanted = noise[picture:picture + 1, here] - x[:, here]
+            x[:, here] = 0.4 * x[:, here] + 0.6 * noise[picture:picture + 1, here]
+            call = noisy_context_call(system.generator, system.plan, x, time, cond[picture:picture + 1])
+            velocity = system.head(system.generator(call, masked_context(system.plan, cond)))
+            found.append((velocity[:, here] - wanted).square().mean())
+    torch.testing.assert_close(one, torch.stack(found).mean(), rtol=1e-4, atol=1e-5)
+    for entity in drawn.unique().tolist():
+        torch.testing.assert_close(by_step[entity], torch.stack(found)[drawn == entity].mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_times_reach_the_network_in_thousandths_a_time_an_entity() -> None:
     system = tiny()
     cond = system.labels(labels(1))

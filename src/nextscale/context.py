@@ -67,7 +67,7 @@ class Hook:
         return logits
 
     def tokens(self, run: Run, sample: Sample) -> Sample:
-        """What was chosen, before it is written."""
+        """What was chosen, before it is written; heads that draw in rounds ask between them, too."""
         return sample
 
     def end(self, run: Run, step: int) -> None:

@@ -107,7 +107,8 @@ class Call:
 
     raw: un-embedded inputs of the call's steps, (B, L_k, latent width) each, None for the first; again: where a step is
     predicted in several rounds, what makes the call of a later one (its arguments are the generator's); round: which
-    round this is, 0 for the first.
+    round this is, 0 for the first; known: where hooks may know some of the step, what puts that into a
+    sample, with infinite confidence, for heads that go on with what they drew.
     """
 
     x: Tensor
@@ -116,6 +117,7 @@ class Call:
     raw: Sequence[Tensor | None] = ()
     again: Callable[..., Call] | None = None
     round: int = 0
+    known: Callable[[Sample], Sample] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from nextscale.run import Call, Rows, Run
 @dataclass(frozen=True)
 class XARGeneratorConfig(TwoStacksConfig):
     """The transformer's sizes, and what it predicts at a time. entity, size: see ``nextscale.plan.entities``; the
-    published models draw cells of 8x8 positions of a 16x16 latent."""
+    published models draw cells of 8x8 positions of a 16x16 latent. context: in training, of every entity; ``clean`` is
+    what the paper compares with."""
 
     entity: EntityKind = "cell"
     size: int = 8
+    context: Literal["noisy", "clean"] = "noisy"
 
 
 @dataclass(frozen=True)

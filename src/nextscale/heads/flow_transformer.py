@@ -31,7 +31,8 @@ Turn = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class FlowHeadConfig:
-    """Sizes of the flow network. cross: large models' blocks, which attend to z besides being modulated by it.
+    """Sizes of the flow network. cross: large models' blocks, which attend to z besides being modulated by it; pooled:
+    the mean of z over a scale modulates all of its positions, which the paper compares with and finds worse.
 
     Raises InputError on sizes that don't fit each other.
     """
@@ -41,6 +42,7 @@ class FlowHeadConfig:
     heads: int = 16
     mlp_ratio: float = 4.0
     cross: bool = False
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width // self.heads % 4:
@@ -172,7 +174,8 @@ class FlowTransformerHead(nn.Module):
         """What a step's hidden states say to its flow."""
         turn = self.turn(step, z_RLC.device)
         keys = [block.cross.keys(z_RLC, turn) for block in self.blocks if block.cross is not None]  # type: ignore
-        return FlowCondition(self.condition_embedding(z_RLC), keys, turn)
+        embedded = self.condition_embedding(z_RLC)
+        return FlowCondition(embedded.mean(1, keepdim=True) if self.config.pooled else embedded, keys, turn)
 
     def forward(self, x_RLC: Tensor, time_R: Tensor, condition: FlowCondition) -> Tensor:
         """Velocity (R, L, C) in float32 of vectors at times in [0, 1]."""

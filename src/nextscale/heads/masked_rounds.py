@@ -46,36 +46,44 @@ class MaskedRoundsHead(nn.Module):
         """All tokens of a step at once, by the next-scale module."""
         return self.next.sample(evaluate, call, run, guidance, filters, soft)
 
-    def in_rounds(self, counts: Sequence[Sequence[int]]) -> InRounds:
+    def in_rounds(self, counts: Sequence[Sequence[int]], sighted: bool = True) -> InRounds:
         """This head under a schedule: how many tokens of every step are settled in each of its rounds."""
-        return InRounds(self, counts)
+        return InRounds(self, counts, sighted=sighted)
 
 
 class InRounds:
     """A ``MaskedRoundsHead`` that samples by a schedule of rounds, lists of numbers of tokens, one list a step.
 
-    Round 0 draws all tokens of a step with the next-scale module under guidance. The least confident of them, all but
-    the first number, are then masked and drawn by the mask module without guidance; all but the second number of these
-    are masked again, and so on. Confidence is the probability that a token was drawn with, after filters. Tokens that
-    were settled are never drawn again. each: called with (step, round, which positions were drawn, sample) after every
-    round.
+    Round 0 draws all tokens of a step with the next-scale module under guidance. The least confident of them, all
+    but the first number, are then masked and drawn by the mask module without guidance; all but the second number
+    of these are masked again, and so on. Confidence is the probability that a token was drawn with, after filters.
+    Tokens that were settled are never drawn again. Where hooks know some of a picture's tokens at a step (editing),
+    all others are masked in the first of the later rounds, of which there is at least one, so that they are drawn
+    in sight of the known ones; not with ``sighted`` False, as the next-scale module draws in any case. each: called
+    with (step, round, which positions were drawn, sample) after every round.
     """
 
     def __init__(self, head: MaskedRoundsHead, counts: Sequence[Sequence[int]],
-                 each: Callable[[int, int, Tensor, Sample], None] | None = None):
-        self.head, self.counts, self.each = head, counts, each
+                 each: Callable[[int, int, Tensor, Sample], None] | None = None, sighted: bool = True):
+        self.head, self.counts, self.each, self.sighted = head, counts, each, sighted
 
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:
         sample = self.head.next.sample(evaluate, call, run, guidance, filters, soft)
+        editing = call.known is not None and self.sighted and run.cursor > 0
+        if call.known is not None:
+            sample = call.known(sample)
         counts = self.counts[run.cursor]
         span = run.plan.span(run.cursor, run.cursor + 1)
-        masked = torch.ones_like(sample.tokens, dtype=torch.bool)
+        assert sample.confidence is not None
+        masked = ~sample.confidence.isinf()
+        edited = ~masked.all(1, keepdim=True)
         each = self.each or (lambda *_: None)
         each(run.cursor, 0, masked, sample)
-        for round in range(1, len(counts)):
+        for round in range(1, max(len(counts), 1 + editing)):
             assert sample.confidence is not None
-            masked = least(sample.confidence.masked_fill(~masked, torch.inf), sum(counts[round:]))
+            again = masked & least(sample.confidence.masked_fill(~masked, torch.inf), sum(counts[round:]))
+            masked = torch.where(edited, masked, again) if editing and round == 1 else again
             own = resize(run.canvas.contribution(run.cursor, sample.tokens), run.plan.steps[run.cursor].grid, "area")
             if call.again is None:
                 raise InputError("masked rounds: the network makes no calls of later rounds; give it HMAR's generator")

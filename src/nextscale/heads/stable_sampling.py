@@ -55,13 +55,13 @@ class StableSamplingHead(nn.Module):
 class InStableRounds:
     """A ``StableSamplingHead`` that draws a scale in rounds.
 
-    rounds: of every scale, 0 for all of its tokens at once without the network. In each round every token is drawn, and
-    of those that are not known yet ``reveal_counts`` says how many become known: those that were drawn with the highest
-    probability, in the first ``random_rounds`` any. The network's logits are guided by the guidance's full scale, as at
-    its last step, whatever the scale. base_until: at scales before this one the random rounds draw from the
-    transformer's own logits under the scale's guidance, and reveal the most probable tokens as well, as many, unless
-    they are known (so the published code, which reveals twice). each: called with (step, round, which tokens became
-    known, sample) after every round.
+    rounds: of every scale, 0 for all of its tokens at once without the network. In each round every token is drawn,
+    and of those that are not known yet ``reveal_counts`` says how many become known: those that were drawn with the
+    highest probability, in the first ``random_rounds`` any; what hooks know is known from the start. The network's
+    logits are guided by the guidance's full scale, as at its last step, whatever the scale. base_until: at scales
+    before this one the random rounds draw from the transformer's own logits under the scale's guidance, and reveal
+    the most probable tokens as well, as many, unless they are known (so the published code, which reveals twice).
+    each: called with (step, round, which tokens became known, sample) after every round.
     """
 
     def __init__(self, head: StableSamplingHead, rounds: Sequence[int], random_rounds: int = 5, base_until: int = 0,
@@ -81,9 +81,12 @@ class InStableRounds:
         if k < self.base_until:
             base = self.head.distribution(self.head.outputs(hidden, run.branches), run.at, guidance, filters)
         size = (run.pictures, hidden.shape[1])
-        known = torch.zeros(size, dtype=torch.bool, device=hidden.device)
         sample = Sample(torch.zeros(size, dtype=torch.int64, device=hidden.device),
                         *torch.zeros(2, *size, device=hidden.device))
+        if call.known is not None:
+            sample = call.known(sample)
+        assert sample.confidence is not None
+        known = sample.confidence.isinf()
         for round, count in enumerate(counts):
             chance = round < self.random_rounds
             drafted = chance and base is not None

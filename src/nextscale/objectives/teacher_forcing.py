@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
-from nextscale.plan import Plan, places
+from nextscale.plan import Plan, Span, places
 from nextscale.run import Call, Rows
 
 
@@ -23,6 +23,24 @@ def teacher_forcing_call(generator: Any, plan: Plan, reads: Sequence[Tensor | No
     cond = cond_RD.to(generator.word.weight.dtype)
     rows = Rows(cell_1L3, step_1L, plan.spans(0, len(plan)), plan.length, plan.visible, masked=len(plan) > 1, cond=cond)
     return Call(generator.embed(plan, reads, cond, 0, len(plan)), rows, slice(0, plan.length), reads)
+
+
+def steps_forced(generator: Any, plan: Plan, steps: Sequence[int], reads: Sequence[Tensor | None],
+                 cond_RD: Tensor) -> Tensor:
+    """Hidden states (R, L, C) of some steps of a plan in one call, for networks whose rows see their own step alone.
+
+    reads: the inputs of these steps, as ``teacher_forcing_call`` has them.
+    """
+    cell_1L3, step_1L = places(plan, cond_RD.device)
+    cond, rows = cond_RD.to(generator.word.weight.dtype), [plan.span(k, k + 1) for k in steps]
+    x = torch.cat([generator.embed(plan, [*[None] * k, read], cond, k, k + 1)
+                   for k, read in zip(steps, reads, strict=True)], 1)
+    own = Plan(tuple(plan.steps[k] for k in steps))
+    spans = tuple(Span(k, lo, hi) for k, (_, lo, hi) in zip(steps, own.spans(0, len(own)), strict=True))
+    tags = Rows(torch.cat([cell_1L3[:, span] for span in rows], 1), torch.cat([step_1L[:, span] for span in rows], 1),
+                spans, own.length, plan.visible, masked=len(own) > 1, cond=cond)
+    hidden: Tensor = generator(Call(x, tags, slice(0, own.length), reads), masked_context(plan, x))
+    return hidden
 
 
 @lru_cache(maxsize=64)

@@ -97,7 +97,7 @@ class ForcedTokens(Hook):
 
     tokens: (B, L_k) or (B, L_k, C) a step; keep: (B, L_k) bool a step, for the pictures of the run at its first step; a
     gathered run carries its own. Where codes are written instead of tokens (smooth mode), the kept cells get the given
-    tokens' own codes. Given tokens count as certain: their log-probability is 0.
+    tokens' own codes. Given tokens count as certain: their log-probability is 0, their confidence infinite.
     """
 
     def __init__(self, tokens: Sequence[Tensor], keep: Sequence[Tensor]):
@@ -107,12 +107,13 @@ class ForcedTokens(Hook):
         span = run.plan.span(run.cursor, run.cursor + 1)
         given = run.carry("forced.tokens", torch.cat(list(self.given), 1))[:, span]
         keep = run.carry("forced.keep", torch.cat(list(self.keep), 1))[:, span]
-        codes, log_prob = sample.codes, sample.log_prob
+        codes, log_prob, confidence = sample.codes, sample.log_prob, sample.confidence
         if codes is not None:
             codes = torch.where(keep[..., None], run.canvas.codec.embed(given), codes)
         of_tokens = keep[..., None] if sample.tokens.ndim > keep.ndim else keep
         return replace(sample, tokens=torch.where(of_tokens, given, sample.tokens), codes=codes,
-                       log_prob=None if log_prob is None else log_prob.masked_fill(keep, 0.0))
+                       log_prob=None if log_prob is None else log_prob.masked_fill(keep, 0.0),
+                       confidence=None if confidence is None else confidence.masked_fill(keep, torch.inf))
 
     def part(self, pictures: slice) -> ForcedTokens:
         """The same for some of the pictures."""

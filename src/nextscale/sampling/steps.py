@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,15 +33,22 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
     guidance, filters = hooked(guidance, filters, hooks, run)
     kwargs = {} if soft is None else {"soft": soft}
     last = walked(run.plan, hooks) if until is None else min(until, walked(run.plan, hooks))
+    knowing = [hook for hook in hooks if overrides(hook, "tokens")]
+
+    def known(sample: Sample) -> Sample:
+        for hook in knowing:
+            sample = hook.tokens(run, sample)
+        return sample
+
     while run.cursor < last:
         call: Call = model.generator.call(run)
+        if knowing:
+            call = replace(call, known=known)
         for hook in hooks:
             call = hook.inputs(run, call)
         sample: Sample = model.head.sample(evaluator(model.generator, run, hooks, check), call, run, guidance,
                                            filters, **kwargs)
-        for hook in hooks:
-            sample = hook.tokens(run, sample)
-        run.write(sample)
+        run.write(known(sample))
         for hook in hooks:
             hook.end(run, run.cursor - 1)
         yield run

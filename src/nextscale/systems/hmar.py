@@ -43,9 +43,11 @@ ROUNDS = {256: ((1,), (1, 3), (1, 1, 2, 5), (16,), (25,), (36,), (64,), (100,), 
 @dataclass(frozen=True)
 class HMARSettings(Settings):
     """Settings with HMAR's own. rounds: how many tokens of every scale are settled in each of its rounds; empty draws
-    every scale at once, by the next-scale module alone."""
+    every scale at once, by the next-scale module alone. sighted: in editing, the mask module draws what isn't known of
+    a scale, in sight of what is; else, and without rounds, the next-scale module, which sees coarser scales only."""
 
     rounds: tuple[tuple[int, ...], ...] = ()
+    sighted: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class HMAR(ClassConditionalSystem):
         """The tokenizer's schedule; rows see their own step alone."""
         return replace(self.tokenizer.plan, visible=OWN_STEP)
 
+    @property
+    def markov(self) -> bool:
+        return True
+
     def initialise(self, gate: float = 1e-3) -> HMAR:
         initialise(self.generator, self.head.next, self.labels, gate)
         self.start_mask_module()
@@ -96,8 +102,9 @@ class HMAR(ClassConditionalSystem):
 
     def loop(self, run: Run, guidance: Guidance, used: HMARSettings,
              hooks: Sequence[Hook], soft: Any) -> Iterator[Run]:
-        return sample_steps(_InRounds(self, check_rounds(used.rounds, run.plan)), run, guidance, self.filters(used),
-                            hooks, soft)
+        rounds = check_rounds(used.rounds, run.plan)
+        return sample_steps(_InRounds(self, rounds, used.sighted and bool(used.rounds)), run, guidance,
+                            self.filters(used), hooks, soft)
 
     # Training
 
@@ -195,9 +202,9 @@ def _renamed(name: str, shared: int) -> str:
 class _InRounds:
     """The system with its head under a schedule of rounds, as the loop takes it."""
 
-    def __init__(self, system: HMAR, rounds: Sequence[Sequence[int]]):
+    def __init__(self, system: HMAR, rounds: Sequence[Sequence[int]], sighted: bool):
         self.generator: nn.Module = system.generator
-        self.head = system.head.in_rounds(rounds)
+        self.head = system.head.in_rounds(rounds, sighted)
 
 
 def check_rounds(rounds: Sequence[Sequence[int]], plan: Plan) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """What text-to-picture systems share: prompts, negative prompts, and the training loss by captions."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -102,6 +103,12 @@ class TextConditionalSystem(System):
         """Prompts with what they are led away from: one negative prompt for all, or one a picture, or their features.
         ``generate``, ``stream`` and ``edit`` take such rows in the place of prompts."""
         rows = self.label_rows(prompts, count)
+        given = [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, (list, tuple)) else []
+        blank = sum(isinstance(prompt, str) and not prompt.strip() for prompt in given)
+        if blank:
+            logging.getLogger("nextscale").warning(
+                f"text: {blank} of {len(given)} prompts {'is' if blank == 1 else 'are'} empty, which asks for nothing "
+                "in particular; any picture may come (None says the same without this line)")
         if negative is None:
             return rows
         if isinstance(negative, TextFeatures):

@@ -124,7 +124,8 @@ class XAR(ContinuousSystem):
     def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, None]:
-        """The flow loss under noisy context, the mean over positions, and its mean over every entity (K,).
+        """The flow loss under noisy (or ``generator.context="clean"``) context, the mean over positions, and its mean
+        over every entity (K,).
 
         tokens: of every entity, (B, L_k, C); of the first ones only, to train these. Times and noise are drawn with
         torch's generator.
@@ -132,7 +133,8 @@ class XAR(ContinuousSystem):
         self.check_smoothing(label_smoothing)
         plan = replace(self.plan, steps=self.plan.steps[:len(tokens)])
         cond = self.labels(self.labels.drop(labels_Bn, label_dropout, part_dropout))
-        loss, by_step_K = noisy_context_loss(self.generator, self.head, plan, tokens, cond, step_weights)
+        loss, by_step_K = noisy_context_loss(self.generator, self.head, plan, tokens, cond, step_weights,
+                                              clean=self.config.generator.context == "clean")
         return loss, by_step_K, None
 
     # Published weights

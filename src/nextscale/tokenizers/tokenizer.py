@@ -31,7 +31,7 @@ QUANTISERS = {
 
 MAKES_CODES = ("encoder.", "to_latent.", "quantiser.")
 """What of a tokenizer's tensors decides its codes, by how their names begin."""
-STATISTICS = (".usage_KV", ".assigned_V", ".assigned_sum_VC")
+STATISTICS = (".usage_KV", ".ones_KC", ".seen_K", ".assigned_V", ".assigned_sum_VC")
 """Which of these only count, by how their names end."""
 
 
