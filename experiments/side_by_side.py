@@ -10,9 +10,10 @@ tokens are cached once; every generator then trains on its family's cache. VAR i
 spread is the noise, and no ranking is made inside it. What is done is skipped, what was stopped goes on. Writes
 ``table.md``. ``--costs`` trains nothing: it draws with random weights and counts what a picture costs.
 
-All generators get the same time of one core: training steps of all of them are timed turn by turn in one process
-(``steps.json``), and each trains as many as fit into ``--minutes``. So nothing else that the machine does while they
-train gives one of them more steps than another; only the timing wants a core of its own. ``--prepare`` stops after it.
+All generators get the same time of one core: training steps of all that are asked for are timed turn by turn in one
+process (``steps.json``), and each trains as many as fit into ``--minutes``. So nothing else that the machine does while
+they train gives one of them more steps than another; only the timing wants a core of its own. ``--prepare`` stops
+after it.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,18 @@ ARMS: dict[str, Arm] = {
     "flexvar": Arm("flexvar", "drafts", BODY, GUIDED),
     "flowar": Arm("flowar", "vectors", {"depth": [2, 2], "width": 144, "heads": 4, "flow": {
         "depth": 2, "width": 192, "heads": 3}}, FLOWING),
+    "flowar-pooled": Arm("flowar", "vectors", {"depth": [2, 2], "width": 144, "heads": 4, "flow": {
+        "depth": 2, "width": 192, "heads": 3, "pooled": True}}, FLOWING),
     "xar": Arm("xar", "vectors", {"depth": [3, 3], "width": 160, "heads": 5, "entity": "cell", "size": 4}, FLOWING),
+    "xar-clean": Arm("xar", "vectors", {"depth": [3, 3], "width": 160, "heads": 5, "entity": "cell", "size": 4,
+                                        "context": "clean"}, FLOWING),
+    "xar-image": Arm("xar", "vectors", {"depth": [3, 3], "width": 160, "heads": 5, "entity": "image"}, FLOWING),
+    "xar-cells-of-2": Arm("xar", "vectors", {"depth": [3, 3], "width": 160, "heads": 5, "entity": "cell", "size": 2},
+                          FLOWING),
     "mar": Arm("mar", "vectors", {**MASKED, "encoder_depth": 3, "decoder_depth": 3},
                {**DIFFUSING, "iterations": 16, "solver_steps": 50}),
+    "mar-l2": Arm("mar", "vectors", {**MASKED, "encoder_depth": 3, "decoder_depth": 3, "head": "l2"},
+                  {**DIFFUSING, "iterations": 16}),
     "himar": Arm("himar", "vectors", {**MASKED, "width": 128, "heads": 4, "encoder_depth": 3, "decoder_depth": 3,
                                       "joint_width": 96, "joint_depth": 2, "joint_heads": 4},
                  {**DIFFUSING, "coarse_guidance_scale": 2.0, "coarse_iterations": 8, "iterations": 4,
@@ -185,16 +195,17 @@ def steps_of(arms: dict[str, Arm], given: argparse.Namespace) -> dict[str, int]:
     """How many steps each arm trains: what fits into the minutes, timed where it isn't written down yet."""
     path: Path = given.out / "steps.json"
     found = hub.read_json(path) if path.is_file() else {}
-    kinds = {name: arm for name, arm in ARMS.items() if not arm.seed}
-    if not found:
-        print(f"timing a training step of {len(kinds)} arms", flush=True)
-        seconds = step_seconds(kinds, given)
-        found = {"seconds": seconds, "minutes": given.minutes}
-        hub.save_json(found, path)
-    if found["minutes"] != given.minutes:
+    if found.setdefault("minutes", given.minutes) != given.minutes:
         raise InputError(f"{path} was made for {found['minutes']} minutes; choose another --out, or remove it")
-    by_system = {kinds[name].system: seconds for name, seconds in found["seconds"].items()}
-    return {name: max(1, round(60 * given.minutes / by_system[arm.system])) for name, arm in arms.items()}
+    seconds = found.setdefault("seconds", {})
+    # Seeds of an arm take the same steps: the first of them is timed.
+    timed = {name: next(other for other in ARMS if ARMS[other] == replace(arm, seed=0)) for name, arm in arms.items()}
+    missing = {name: ARMS[name] for name in timed.values() if name not in seconds}
+    if missing:
+        print(f"timing a training step of {len(missing)} arms", flush=True)
+        seconds |= step_seconds(missing, given)
+        hub.save_json(found, path)
+    return {name: max(1, round(60 * given.minutes / seconds[timed[name]])) for name in arms}
 
 
 def run(name: str, arm: Arm, steps: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -321,7 +332,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[str], None] = p
             return 0
         if not (given.data and given.test and given.judge):
             raise InputError("--data, --test and --judge are needed, or --costs alone")
-        for arm in (ARMS if given.prepare else wanted).values():
+        for arm in wanted.values():
             tokens_of(arm, given)
         steps = steps_of(wanted, given)
         for i, (name, arm) in enumerate([] if given.prepare else wanted.items()):

@@ -37,6 +37,8 @@ class HiMARGeneratorConfig(MARGeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head != "diffusion":
+            raise InputError(f"head is {self.head!r}; Hi-MAR has diffusion heads alone")
         if self.joint_width % self.joint_heads or self.joint_width % 4:
             raise InputError(f"joint_width {self.joint_width} must be a multiple of 4 and of {self.joint_heads} heads")
         if not (0 <= self.pivot_share <= 1 and 0 <= self.pivot_warmup <= 1):

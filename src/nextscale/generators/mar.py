@@ -24,7 +24,8 @@ class MARGeneratorConfig:
     width, heads, mlp_ratio: of both transformers, with so many blocks each; buffer: rows in front that carry the class;
     head_width, head_depth: of the denoising network; head_draws: times and noises a token for each pass of the
     transformers; dropout: in attention and behind each linear layer of a block; least_masked: the smallest share of
-    tokens that training masks, below 1.
+    tokens that training masks, below 1; head: ``diffusion``, or ``l2``, the same network that says a token's mean, to
+    measure the former against.
     """
 
     width: int = 768
@@ -38,10 +39,13 @@ class MARGeneratorConfig:
     head_draws: int = 4
     dropout: float = 0.1
     least_masked: float = 0.7
+    head: str = "diffusion"
 
     def __post_init__(self) -> None:
         if self.buffer < 1:
             raise InputError(f"buffer is {self.buffer}; the class needs at least 1 row")
+        if self.head not in ("diffusion", "l2"):
+            raise InputError(f"head is {self.head!r}; it must be 'diffusion' or 'l2'")
         if not 0 <= self.least_masked < 1:
             raise InputError(f"least_masked is {self.least_masked}; it must be at least 0 and below 1")
         if self.width % self.heads:

@@ -100,6 +100,10 @@ def initialise_denoiser(head: nn.Module) -> None:
     initialise_products(head)
     assert isinstance(head.time, TimeEmbedding)
     head.time.initialise()
-    network: Any = head.network
+    initialise_network(head.network)
+
+
+def initialise_network(network: Any) -> None:
+    """Modulations and output of a denoising network 0, so that what it says is 0 at first."""
     for layer in (*(block.modulation for block in network.blocks), network.modulation, network.output):
         nn.init.zeros_(layer.weight)

@@ -22,6 +22,7 @@ from nextscale.context import Context, Hook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.mar import MARGenerator, MARGeneratorConfig, take
 from nextscale.heads.diffusion_mlp import DiffusionMLPHead
+from nextscale.heads.l2_mlp import L2MLPHead
 from nextscale.hub import NameMap
 from nextscale.layers.diffusion import cosine_chain
 from nextscale.noise import Keyed, Noise
@@ -85,8 +86,8 @@ class MAR(ContinuousSystem):
         self.tokenizer = Tokenizer(config.tokenizer)
         network, latent_width = config.generator, config.tokenizer.autoencoder.latent_width
         self.generator = MARGenerator(network, self.plan.grid, latent_width)
-        self.head = DiffusionMLPHead(network.width, latent_width, network.head_width, network.head_depth,
-                                     network.head_draws)
+        sizes = (network.width, latent_width, network.head_width, network.head_depth)
+        self.head = L2MLPHead(*sizes) if network.head == "l2" else DiffusionMLPHead(*sizes, network.head_draws)
         self.labels = ClassTable(config.classes, network.width)
 
     def initialise(self, gate: float = 1e-3) -> MAR:
@@ -120,8 +121,10 @@ class MAR(ContinuousSystem):
 
     def loop(self, run: Run, guidance: Guidance, used: MARSettings, hooks: Sequence[Hook],
              soft: Callable[..., Tensor] | None) -> Iterator[Run]:
-        chain = cosine_chain(used.solver_steps)
-        model = Denoising(self.generator, DiffusionSampling(self.head, chain, used.temperature, used.clip))
+        head = self.head
+        if isinstance(head, DiffusionMLPHead):
+            head = DiffusionSampling(head, cosine_chain(used.solver_steps), used.temperature, used.clip)
+        model = Denoising(self.generator, head)
         return sample_steps(model, run, guidance, self.filters(used), hooks, soft)
 
     def tokens_of(self, run: Run) -> list[Tensor]:
