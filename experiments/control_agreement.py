@@ -57,17 +57,20 @@ def recipe_of(system: str, base: Path, data: Path | None = None) -> dict[str, An
     return recipe
 
 
-def train(system: str, base: Path, data: Path, minutes: float, changes: list[str], runs: Path) -> None:
-    """Train a system's control, from where an earlier training stopped; both learn from one token cache."""
+def train(system: str, base: Path, data: Path, minutes: float, changes: list[str], out: Path) -> None:
+    """Train a system's control, from where an earlier training stopped; all learn from one token cache, whose maps are
+    those of the first training."""
     recipe = recipe_of(system, base, data)
     recipe["train"] |= {"minutes": minutes, "clock": "processor"}
     for change in changes:
         override(recipe, *read_override(change))
+    runs = out.parent
     if not (runs / "tokens" / "train" / "manifest.json").is_file():
-        training_tokens(build(GeneratorTraining, recipe, "recipe"), load_tokenizer(base), runs, ("canny",))
+        control = build(type(folders.system_type(system).config_type().control), recipe["control"], "recipe.control")
+        training_tokens(build(GeneratorTraining, recipe, "recipe"), load_tokenizer(base), runs, control.cached)
     recipe["tokens"] = str(runs / "tokens")
-    result = train_generator(recipe, runs / system, resume=True)
-    print(f"{system}: {result.step} steps in {result.seconds / 60:.1f} minutes, {result.stopped}")
+    result = train_generator(recipe, out, resume=True)
+    print(f"{out.name}: {result.step} steps in {result.seconds / 60:.1f} minutes, {result.stopped}")
 
 
 def held_out(data: Path, count: int) -> tuple[Tensor, list[tuple[int, ...]], Tensor]:
@@ -158,6 +161,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
     training.add_argument("system", choices=["car", "scalar"])
+    training.add_argument("--name", help="folder in --runs, the system's by default")
     training.add_argument("--minutes", type=float, default=45.0, help="over all its lives")
     training.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="other values of the recipe")
     measuring = commands.add_parser("measure")
@@ -168,7 +172,7 @@ def main() -> None:
     commands.add_parser("cost")
     given = parser.parse_args()
     if given.command == "train":
-        train(given.system, given.base, given.data, given.minutes, given.set, given.runs)
+        train(given.system, given.base, given.data, given.minutes, given.set, given.runs / (given.name or given.system))
     elif given.command == "cost":
         print(json.dumps(cost(["car", "scalar"], given.base), indent=1))
     else:
