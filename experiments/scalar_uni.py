@@ -4,11 +4,11 @@
         --set control.freeze_backbone=false --set data.flip=false --set 'control.kinds=["canny", "lines", "small"]'
     python experiments/scalar_uni.py --data cifar10/ --count 256 --set temperature=0.3
 
-The first command is for ``uni``, whose maps are the others' too; then the same trains ``canny``, ``lines`` and ``small``,
-each with the one kind that it is named for. What isn't there is left out. Measured on test pictures: how much of the variance of the pictures' own
-features the alignment explains, R^2 = 1 - |F(E(I_c)) - E(I)|^2 / |E(I) - mean|^2; and of samples, nats a token of the
-test pictures given the same maps, F1 of Canny's edges, and mean distances (of 255) of the line drawings and the small
-pictures that are taken from the samples to those of the test pictures.
+The first command is for ``uni``, whose maps are the others' too; then the same trains ``canny``, ``lines`` and
+``small``, each with the one kind that it is named for. What isn't there is left out. Measured on test pictures: how
+much of the variance of the pictures' own features the alignment explains, R^2 = 1 - |F(E(I_c)) - E(I)|^2 /
+|E(I) - mean|^2; nats a token given the maps; and of samples, F1 of Canny's edges, and mean distances (of 255) of the
+line drawings and the small pictures that are taken from the samples to those of the test pictures.
 """
 from __future__ import annotations
 
