@@ -155,7 +155,9 @@ def test_a_cache_has_every_picture_in_its_bucket(system: Infinity, pictures: Pat
         latent = system.tokenizer.latent(pixels).half()
         assert latent.shape[-2:] == schedules[size][-1]
         at = where[place]
-        assert torch.equal(tokens.read_latents([at]), latent.flatten(2).transpose(1, 2))
+        # One picture by itself may be rounded otherwise than in a batch.
+        torch.testing.assert_close(tokens.read_latents([at]), latent.flatten(2).transpose(1, 2).detach(),
+                                   rtol=2e-3, atol=1e-3)
         canvas = Canvas.empty(Plan.scales(schedules[size]), system.tokenizer.quantiser, 1)
         wanted = pyramid.encode(latent.float(), canvas, lambda _, z: system.tokenizer.quantiser.quantise(z)).tokens
         assert torch.equal(tokens.read([at]), torch.cat(wanted, 1))

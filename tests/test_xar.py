@@ -426,8 +426,11 @@ def test_a_folder_gives_back_the_system_and_its_settings(tmp_path: Path) -> None
     folders.save(system, tmp_path / "model", torch.float32)
     again = folders.load(tmp_path / "model")
     assert isinstance(again, XAR) and again.config == system.config and again.plan == system.plan
+    weights = again.state_dict()
+    assert all(torch.equal(weights.pop(name), value) for name, value in system.state_dict().items()) and not weights
     one, other = (s.generate([1], output="torch", progress=False).images for s in (system, again))
-    assert torch.equal(one, other)
+    # Weights of a file lie elsewhere in memory, and products of floats may be added up in another order there.
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     low = folders.load(tmp_path / "model", "bf16").generate([1], output="torch", progress=False)
     assert bool(low.images.isfinite().all())
 

@@ -118,6 +118,16 @@ class Checks:
         difference = float((ours.float() - wanted.float()).abs().max())
         self._say(name, f"max difference {difference:.2e} (at most {limit:.0e})", difference <= limit)
 
+    def losses(self, name: str, make: Callable[[], Tensor], limit: float = 1e-4) -> None:
+        """Close by ``limit``, and by as large a part of what was recorded: how far off losses may be."""
+        if name not in self.recorded:
+            return
+        ours, wanted = make().float(), self.recorded[name].float()
+        if ours.shape != wanted.shape:
+            return self._say(name, f"shape {tuple(ours.shape)} instead of {tuple(wanted.shape)}", False)
+        share = float(((ours - wanted).abs() / (1 + wanted.abs())).max())
+        self._say(name, f"max difference {share:.2e} of 1 + value (at most {limit:.0e})", share <= limit)
+
     def relative(self, name: str, make: Callable[[], Tensor], limit: float) -> None:
         """Close in every entry of the first axis, measured by its largest value."""
         if name not in self.recorded:

@@ -39,7 +39,7 @@ class MARGeneratorConfig:
     head_draws: int = 4
     dropout: float = 0.1
     least_masked: float = 0.7
-    head: str = "diffusion"
+    head: str = field(default="diffusion", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.buffer < 1:
