@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 import archives
 
 archives.unpack()
+
+# How long an example takes is the machine's affair.
+settings.register_profile("any machine")
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="session")

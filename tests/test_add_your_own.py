@@ -12,6 +12,7 @@ from small_task import draw_pictures
 from tiny import AUTOENCODER, CLASSES, GRIDS, fill, labels
 
 import nextscale
+from nextscale.cli.main import run
 from nextscale.noise import Keyed
 from nextscale.run import Run
 from nextscale.sampling.guidance import ClassifierFree
@@ -43,8 +44,9 @@ def installed(tmp_path: Path) -> list[str]:
     return [str(metadata.parent), str(EXAMPLE)]
 
 
-def test_it_is_found_trained_and_drawn_from_by_the_command_line(tmp_path: Path, installed: list[str],
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_found_trained_and_drawn_from_by_the_command_line(
+        tmp_path: Path, installed: list[str], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer(TokenizerConfig(AUTOENCODER, GRIDS, 32))
     fill(tokenizer)
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
@@ -53,17 +55,24 @@ def test_it_is_found_trained_and_drawn_from_by_the_command_line(tmp_path: Path, 
             "data.held_out=0", "train.precision=fp32", "train.minutes=5", "generator.depth=2", "generator.width=32",
             "generator.heads=2", "generator.previous=2", "settings.guidance_scale=3", "settings.guided_until=0.5"]
 
+    # Training by a process of its own, to which nothing but the environment says where the package is.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*installed, str(SOURCE)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nextscale.cli.main", "train", "generator", "--system", "window_var",
+         "--data", "pictures", "--tokenizer", "tokenizer", "--out", "run",
+         *(part for one in sets for part in ("--set", one))],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    for folder in installed:
+        monkeypatch.syspath_prepend(folder)
 
     def command(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "nextscale.cli.main", *words], env=environment, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert run([*words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
 
     assert "from the package nextscale-window-var" in command("systems", "window_var")
-    command("train", "generator", "--system", "window_var", "--data", "pictures", "--tokenizer", "tokenizer",
-            "--out", "run", *(part for one in sets for part in ("--set", one)))
     command("generate", "--model", "run/model", "--count", "2", "--out", "a.png")
     assert (tmp_path / "a.png").is_file()
     assert "guidance-interval" in command("hooks") and "since: float = 0.0" in command("hooks", "guidance-interval")
@@ -73,8 +82,6 @@ def test_it_is_found_trained_and_drawn_from_by_the_command_line(tmp_path: Path, 
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     assert "guidance-interval since=0.4 until=0.6" in command("data", "settings", "b.png")
 
-    for folder in installed:
-        monkeypatch.syspath_prepend(folder)
     trained, small = nextscale.load(str(tmp_path / "run" / "model")), nextscale.load("window-var-d2-16px")
     assert type(trained).__name__ == type(small).__name__ == "WindowVAR"
     assert trained.plan.visible.previous == 2 and trained.config.settings["pictures"].guided_until == 0.5

@@ -135,7 +135,7 @@ def test_a_folder_is_no_picture(tmp_path: Path) -> None:
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=12),
     keep=st.floats(0, 1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_bytes_open_or_raise_our_error(kind: str, flips: list[tuple[float, int]], keep: float) -> None:
     data = bytearray(SEEDS[kind])
@@ -155,14 +155,14 @@ def test_damaged_bytes_open_or_raise_our_error(kind: str, flips: list[tuple[floa
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_noise_is_refused(data: bytes) -> None:
     with pytest.raises(InputError):
         open_image(data)
 
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), size=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_fitted_pictures_have_the_size_asked_for(width: int, height: int, size: int) -> None:
     image = Image.new("RGB", (width, height), (10, 20, 30))
     assert resize_crop(image, size).size == (size, size)

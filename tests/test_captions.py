@@ -138,7 +138,7 @@ def test_several_captions_and_fields_of_other_names(tmp_path: Path) -> None:
 # How they and wide tokens are packed
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=4),
                 min_size=1, max_size=5))
 def test_packed_captions_are_the_captions(captions: list[list[str]]) -> None:

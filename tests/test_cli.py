@@ -545,7 +545,7 @@ def test_a_damaged_model_folder_is_one_clear_line(
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_damaged_model_files_load_or_are_refused(
     model: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -139,7 +139,7 @@ def test_moments_that_are_no_numbers_are_noticed(tmp_path: Path) -> None:
         tokenize(model, open_dataset(folder, 16, split="all"), tmp_path / "tokens")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), pictures=st.integers(1, 3), seed=st.integers(0, 99))
 def test_steps_that_write_some_cells_fill_the_canvas_in_any_order(sizes: list[int], pictures: int, seed: int) -> None:
     total = sum(sizes)

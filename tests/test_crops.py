@@ -71,7 +71,7 @@ def test_center_crop_is_pillows() -> None:
     width=st.integers(1, 300), height=st.integers(1, 300), size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     crop=st.sampled_from(CROPS), seed=st.integers(0, 2**32), area=st.floats(0.05, 1),
 )  # fmt: skip
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_every_crop_has_the_size_asked_for_and_windows_lie_inside(
     width: int, height: int, size: tuple[int, int], crop: str, seed: int, area: float
 ) -> None:

@@ -161,7 +161,7 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path, labels: list[obj
 
 
 @given(count=st.integers(1, 50), batch_size=st.integers(1, 70), seed=st.integers(0, 2**64))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shuffled_order_shows_each_picture_once_an_epoch(count: int, batch_size: int, seed: int) -> None:
     steps = 3 * count // batch_size + 1
     drawn = [ShuffledOrder(count, seed).batch(step, batch_size) for step in range(steps)]
@@ -173,7 +173,7 @@ def test_shuffled_order_shows_each_picture_once_an_epoch(count: int, batch_size:
 
 
 @given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=40), batch_size=st.integers(1, 30), seed=st.integers())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_balanced_order_draws_classes_evenly_and_pictures_in_turn(
     labels: list[int], batch_size: int, seed: int
 ) -> None:

@@ -69,7 +69,7 @@ def test_a_picture_s_edit_does_not_depend_on_its_batch(system: VAR) -> None:
     assert all(torch.equal(a[0], w[2]) for a, w in zip(alone.tokens, whole.tokens, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_masks_follow_the_published_rule(grids: list[tuple[int, int]], seed: int) -> None:
     plan = Plan.scales([*grids, (8, 8)])

@@ -109,7 +109,7 @@ def test_scales_share_one_frame_of_places() -> None:
 rising = st.lists(st.floats(0.01, 0.99), min_size=0, max_size=6, unique=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rising, st.integers(0, 99))
 def test_the_true_velocity_leads_to_the_target_on_any_grid_of_times(inner: list[float], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

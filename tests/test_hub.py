@@ -18,7 +18,7 @@ from nextscale import hub
 from nextscale.errors import NextscaleError, WeightsError
 from nextscale.systems import folders
 
-FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ENDINGS = st.sampled_from([".safetensors", ".pth", ".pt", ".bin", ".ckpt", ""])
 
 

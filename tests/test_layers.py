@@ -64,7 +64,7 @@ def test_group_norm_trains_in_bf16_close_to_float32() -> None:
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.03
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 def test_area_is_the_mean_of_overlapping_windows(height: int, width: int, h: int, w: int) -> None:
     x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_area_is_the_mean_of_overlapping_windows(height: int, width: int, h: int
     torch.testing.assert_close(found[..., 0, 0], x[..., top:bottom, left:right].mean((2, 3)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.integers(1, 9), st.sampled_from(
     ["area", "bicubic", "bilinear", "nearest"]))
 def test_constants_stay_and_the_same_size_is_untouched(height: int, width: int, h: int, w: int, rule: str) -> None:

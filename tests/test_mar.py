@@ -65,7 +65,7 @@ def test_published_iterations_draw_the_published_numbers_of_tokens() -> None:
     assert cosine_counts(256, 1) == [256] and sum(counts) == 256
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cells=st.integers(1, 300), share=st.floats(0, 1))
 def test_every_iteration_draws_at_least_one_and_all_draw_everything(cells: int, share: float) -> None:
     iterations = max(1, round(share * cells))
@@ -171,7 +171,7 @@ def test_the_chain_is_the_cosine_schedule_and_its_parts_are_evenly_spread() -> N
         spread(4, (5,))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(kept=st.integers(1, 60), seed=st.integers(0, 99))
 def test_who_knows_the_noise_gets_the_clean_token_back_in_any_number_of_steps(kept: int, seed: int) -> None:
     chain, generator = cosine_chain(kept), torch.Generator().manual_seed(seed)

@@ -70,7 +70,7 @@ def test_bands_add_up_to_the_latent(bands: Bands, grids: tuple[tuple[int, int], 
     torch.testing.assert_close(parts[0].mean((2, 3)), f.mean((2, 3)), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(height=st.integers(1, 12), width=st.integers(1, 12))
 def test_filters_are_even_on_any_grid(height: int, width: int) -> None:
     r_HW = radius((height, width))

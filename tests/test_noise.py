@@ -53,7 +53,7 @@ def test_normal_numbers_have_the_moments_of_a_normal() -> None:
     assert abs(float((x[..., 0] * x[..., 1]).mean())) < 4 / (n / 3) ** 0.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-(2**63), 2**64 - 1), min_size=1, max_size=5, unique=True), st.integers(0, 3))
 def test_a_picture_s_numbers_do_not_depend_on_its_batch(seeds: list[int], step: int) -> None:
     together = draw(Keyed.from_seeds(seeds), step, width=3)
@@ -102,7 +102,7 @@ def test_copies_get_numbers_of_their_own_and_the_first_keeps_its() -> None:
     assert torch.equal(noise.key_B2, before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_keys_stay_distinct_over_generations_of_copies(generations: list[list[int]]) -> None:
     noise = Keyed.from_seeds([1, 2, 3, 4])
@@ -125,7 +125,7 @@ def golden_rule(p: np.ndarray, u: float) -> int:
     return min(int((total / total[-1] <= u).sum()), int(np.flatnonzero(p > 0)[-1]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.floats(-20, 20), st.just(-np.inf)), min_size=1, max_size=40), st.floats(0, 1))
 def test_inverse_cdf_is_the_replay_rule(values: list[float], u: float) -> None:
     if not np.isfinite(values).any():

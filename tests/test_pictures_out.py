@@ -190,7 +190,7 @@ def test_files_without_settings_are_told(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_damaged_files_never_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp()
     suffix = data.draw(st.sampled_from([".png", ".gif", ".webp", ".npz"]))

@@ -18,7 +18,7 @@ plans = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans)
 def test_spans_cells_steps_and_length_agree(plan: Plan) -> None:
     sizes = [step.maps * step.grid[0] * step.grid[1] for step in plan]
@@ -33,7 +33,7 @@ def test_spans_cells_steps_and_length_agree(plan: Plan) -> None:
         assert cells == [[m, y, x] for m in range(plan.steps[span.step].maps) for y in range(h) for x in range(w)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.data())
 def test_spans_of_a_part_count_from_its_first_row(plan: Plan, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(plan)))
@@ -44,7 +44,7 @@ def test_spans_of_a_part_count_from_its_first_row(plan: Plan, data: st.DataObjec
     assert [s.lo for s in spans] == ends[:-1] and ends[-1] == rows.stop - rows.start
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans)
 def test_mask_counts_the_visible_pairs_and_no_row_is_blind(plan: Plan) -> None:
     mask = plan.mask()
@@ -57,7 +57,7 @@ def test_mask_counts_the_visible_pairs_and_no_row_is_blind(plan: Plan) -> None:
         assert torch.equal(mask[query], (lag >= 0) & (lag <= reach))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(plans, st.data())
 def test_mask_of_some_steps_is_a_part_of_the_whole(plan: Plan, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(plan) - 1))
@@ -86,7 +86,7 @@ def test_plans_are_values() -> None:
     assert len({Plan.scales([1, 2]), Plan.scales([1, 2]), Plan.scales([1, 2], PREVIOUS_ONLY)}) == 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=5))
 def test_schedules_are_read_back(grids: list[tuple[int, int]]) -> None:
     assert parse_grids(",".join(f"{h}x{w}" for h, w in grids)) == tuple(grids)
@@ -102,7 +102,7 @@ def test_unreadable_schedules_are_refused_by_name(text: str) -> None:
         parse_grids(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("0123456789xX,-+.² ٣a", max_size=12))
 def test_any_text_is_a_schedule_or_an_input_error(text: str) -> None:
     try:

@@ -91,7 +91,7 @@ VALUES: Any = st.recursive(st.none() | st.booleans() | st.floats() | st.integers
                                max_size=4), max_leaves=6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([".txt", ".json", ".jsonl", ".tsv", ".csv"]),
        st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode())
        | st.lists(VALUES, max_size=3).map(lambda values: json.dumps(values).encode()))

@@ -144,7 +144,7 @@ def naive_top_p(logits: np.ndarray, p: float) -> np.ndarray:
 rows = st.lists(st.sampled_from([-3.0, -1.5, 0.0, 0.25, 1.0, 2.0]), min_size=1, max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows, st.integers(1, 14))
 def test_top_k_keeps_ties_with_the_last_it_keeps(values: list[float], k: int) -> None:
     found = TopK(k)(torch.tensor(values)[None, None], AT)[0, 0].numpy()
@@ -152,7 +152,7 @@ def test_top_k_keeps_ties_with_the_last_it_keeps(values: list[float], k: int) ->
     assert np.isfinite(found).sum() >= min(k, len(values))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(-6, 6, width=32), min_size=1, max_size=12, unique=True), st.floats(0.05, 1.0))
 def test_top_p_keeps_the_published_nucleus(values: list[float], p: float) -> None:
     logits = np.array(values, dtype=np.float64)

@@ -81,7 +81,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(pictures: Path) -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=60), batch=st.integers(1, 9), seed=st.integers(0, 2**64))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bucket_batches_share_a_bucket_and_show_every_picture_equally_often(
     sizes: list[int], batch: int, seed: int
 ) -> None:
@@ -101,7 +101,7 @@ def test_bucket_batches_share_a_bucket_and_show_every_picture_equally_often(
 @given(
     blocks=st.lists(st.integers(1, 9), min_size=1, max_size=12), at_once=st.integers(1, 8), seed=st.integers(0, 2**64)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shuffling_by_blocks_needs_few_of_them_at_a_time(blocks: list[int], at_once: int, seed: int) -> None:
     of_row = np.repeat(np.arange(len(blocks)), blocks)
     order = ShuffledOrder(len(of_row), seed, of_row, at_once)

@@ -52,7 +52,7 @@ def model(system: XAR) -> Any:
 
 # Entities
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["token", "cell", "subsample", "image"]), st.integers(1, 3), st.integers(1, 3),
        st.integers(1, 3), st.integers(0, 99))
 def test_cutting_a_map_into_entities_and_back_changes_nothing(kind: str, size: int, high: int, wide: int,
