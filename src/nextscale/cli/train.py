@@ -53,7 +53,7 @@ def tokenizer(
     from nextscale.training.recipes import read_recipe
     from nextscale.training.tokenizer_recipe import train_tokenizer
 
-    _train(train_tokenizer, read_recipe(recipe), _changes(data, set_), out, resume, out / "tokenizer")
+    _train(train_tokenizer, read_recipe(recipe), _changes(data, set_, {}), out, resume, out / "tokenizer")
 
 
 @app.command("generator")
@@ -93,13 +93,7 @@ def generator(
     from nextscale.training.generator_recipe import train_generator
     from nextscale.training.recipes import read_recipe, recipe_of
 
-    changes = _changes(data, set_)
-    if system is not None:
-        changes["system"] = system
-    if tokenizer is not None:
-        changes["tokenizer"] = tokenizer
-    if tokens is not None:
-        changes["tokens"] = tokens
+    changes = _changes(data, set_, {"system": system, "tokenizer": tokenizer, "tokens": tokens})
     _train(train_generator, read_recipe(recipe or recipe_of(system)), changes, out, resume, out / "model")
 
 
@@ -130,10 +124,9 @@ def finetune(
     from nextscale.training.finetune_recipe import train_finetune
     from nextscale.training.recipes import read_recipe
 
-    changes = _changes(data, set_)
-    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights,
-             "control_weights": control_weights, "lora.rank": lora_rank}
-    changes.update({key: value for key, value in given.items() if value is not None})
+    changes = _changes(data, set_, {
+        "model": model, "weights": weights, "tokenizer_weights": tokenizer_weights,
+        "control_weights": control_weights, "lora.rank": lora_rank})
     _train(train_finetune, read_recipe(recipe), changes, out, resume, out / "model")
 
 
@@ -163,9 +156,8 @@ def retarget(
     from nextscale.training.recipes import read_recipe
     from nextscale.training.retarget_recipe import train_retarget
 
-    changes = _changes(data, set_)
-    given = {"model": model, "weights": weights, "tokenizer_weights": tokenizer_weights, "text.encoder": encoder}
-    changes.update({key: value for key, value in given.items() if value is not None})
+    changes = _changes(data, set_, {
+        "model": model, "weights": weights, "tokenizer_weights": tokenizer_weights, "text.encoder": encoder})
     _train(train_retarget, read_recipe(recipe), changes, out, resume, out / "model")
 
 
@@ -203,10 +195,9 @@ def distill(
     from nextscale.training.distill_recipe import train_distill
     from nextscale.training.recipes import read_recipe
 
-    changes = _changes(data, set_)
-    given = {"teacher": teacher, "grids": grids, "tokens": tokens, "weights": weights,
-             "tokenizer_weights": tokenizer_weights}
-    changes.update({key: value for key, value in given.items() if value is not None})
+    changes = _changes(data, set_, {
+        "teacher": teacher, "grids": grids, "tokens": tokens, "weights": weights,
+        "tokenizer_weights": tokenizer_weights})
     _train(train_distill, read_recipe(recipe), changes, out, resume, out / "model")
 
 
@@ -318,11 +309,11 @@ def _train(
         typer.echo(f"{result}: as far as it came; --resume goes on" if stopped else f"{result}: done")
 
 
-def _changes(data: str | None, given: list[str] | None) -> dict[str, Any]:
+def _changes(data: str | None, given: list[str] | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command line changes in a recipe: its KEY=VALUEs, and above them the options named by the key that they
+    set, None where one is not given."""
     changes = dict(read_override(text) for text in given or [])
-    if data is not None:
-        changes["data.spec"] = data
-    return changes
+    return changes | {key: value for key, value in {"data.spec": data, **named}.items() if value is not None}
 
 
 def read_override(text: str) -> tuple[str, Any]:
