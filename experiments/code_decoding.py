@@ -1,13 +1,14 @@
-"""CoDe on emoji: a wide and a narrow VAR alone, and either drafting for the other, at every number of drafted scales.
+"""CoDe on CIFAR-10: a wide and a narrow VAR alone, and either drafting for the other at every number of scales.
 
-    python experiments/code_decoding.py --out runs/code [--minutes 30] [--tune-minutes 8] [--count 1000] [--threads 2]
+    python experiments/code_decoding.py --data cifar10/train.parquet --test cifar10/test.parquet \\
+        --judge resnet20.safetensors --out runs/code [--minutes 30] [--tune-minutes 8] [--count 1000] [--threads 2]
 
-Both networks train the same minutes on the codes of emoji-64's tokenizer (64 pixels, grids 1 to 8). Then every pair is
-measured, without training: nats a token of held-out concepts, Fréchet distance and class agreement of samples by the
-classifier that ships, and the arithmetic and memory as shares of the wide network's. "Turned" pairs have the narrow
-network draft and the wide one refine: the paper says that this helps little. At last one pair is tuned by the two
-losses, the refiner first, since its teacher is the drafter. What is done is skipped, what was stopped goes on. Writes
-``table.md``. Minutes are of the processor's time (``clock: processor``).
+Both networks train the same minutes on the codes of one tokenizer, the recipe cifar-10-tokenizer's (32 pixels, grids
+1 to 8). Then every pair is measured, without training: nats a token of test pictures, Fréchet distance to them and
+class agreement of samples by the judge, and the arithmetic and memory as shares of the wide network's. "Turned" pairs
+have the narrow network draft and the wide one refine: the paper says that this helps little. At last one pair is tuned
+by the two losses, the refiner first, since its teacher is the drafter. What is done is skipped, what was stopped goes
+on. Writes ``table.md``. Minutes are of the processor's time (``clock: processor``).
 """
 from __future__ import annotations
 
@@ -34,17 +35,16 @@ from nextscale.training.generator_recipe import train_generator
 SIZES = {"wide": {"depth": 6, "width": 256, "heads": 4, "shared_modulation": True},
          "narrow": {"depth": 3, "width": 96, "heads": 3, "shared_modulation": True}}
 SETTINGS = {"guidance_scale": 2.0, "temperature": 0.6}
-SPLITS = ("train", "concept-test")
+SIZE = 32
 
 
-def tokens(out: Path, data: str) -> Path:
-    """The folder of cached tokens of emoji-64's tokenizer."""
-    for split in SPLITS:
-        words = ["tokenize", "--tokenizer", "runs/emoji-64", "--data", data, "--split", split]
-        if not (out / "tokens" / split / "manifest.json").is_file() and command.run([*words, "--out",
-                                                                                     str(out / "tokens")]):
-            raise InputError("the tokens could not be made; see above")
-    return out / "tokens"
+def tokens(given: argparse.Namespace) -> Path:
+    """The folder of cached tokens, those of mirrored pictures too."""
+    out: Path = given.out / "tokens"
+    words = ["tokenize", "--tokenizer", given.tokenizer, "--data", given.data, "--split", "train", "--flips"]
+    if not (out / "train" / "manifest.json").is_file() and command.run([*words, "--out", str(out)]):
+        raise InputError("the tokens could not be made; see above")
+    return out
 
 
 def train(name: str, given: argparse.Namespace, minutes: float, learning_rate: float, **recipe: Any) -> Path:
@@ -52,10 +52,11 @@ def train(name: str, given: argparse.Namespace, minutes: float, learning_rate: f
     out: Path = given.out / name
     if not (out / "done.json").is_file():
         print(f"training {name}", flush=True)
-        settings = {"steps": 10**6, "minutes": minutes, "batch_size": 16, "learning_rate": learning_rate,
+        settings = {"steps": 10**6, "minutes": minutes, "batch_size": 32, "learning_rate": learning_rate,
                     "warmup_steps": 50, "final_learning_rate_ratio": 0.02, "weight_decay": 0.05, "ema_decay": 0.998,
                     "sample_every": 0, "checkpoint_every": 200, "keep_checkpoints": 1, "clock": "processor"}
-        done = train_generator({"data": {"spec": given.data, "size": 64}, "tokens": str(tokens(given.out, given.data)),
+        data = {"spec": given.data, "size": SIZE, "flip": True, "held_out": 0}
+        done = train_generator({"data": data, "tokens": str(tokens(given)),
                                 "gate": 0.3, "settings": SETTINGS, "threads": given.threads, "train": settings,
                                 **recipe}, out, True)
         if done.stopped == "signal":
@@ -74,8 +75,8 @@ def measure(name: str, system: Any, share: Any, given: argparse.Namespace) -> di
     subject = Subject(name, fingerprint(system), system, system.tokenizer.picture_size, config.tokenizer.vocabulary,
                       config.tokenizer.bits, system, tuple(config.classes), config.class_names)
     wanted = Wanted(given.count, 0, "even", given.held_out, 0, 0, batch_size=50)
-    held_out = open_dataset(given.data, 64, SPLITS[1])
-    evaluation = Evaluation(subject, given.out / "evaluation" / name, [open_extractor("emoji-judge")], wanted, held_out)
+    held_out, judge = open_dataset(given.test, SIZE, "all"), open_extractor(f"resnet20:{given.judge}")
+    evaluation = Evaluation(subject, given.out / "evaluation" / name, [judge], wanted, held_out)
     evaluation.work(Shard(0, 1))
     figures = evaluation.report()
     judged = next(iter(figures["features"].values()))["samples"]
@@ -96,8 +97,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def run(given: argparse.Namespace) -> str:
-    start = "runs/emoji-64"
-    folders = {name: train(name, given, given.minutes, 1e-3, tokenizer=start, generator=sizes)
+    folders = {name: train(name, given, given.minutes, 1e-3, tokenizer=given.tokenizer, generator=sizes)
                for name, sizes in SIZES.items()}
     networks = {name: nextscale.load(str(folder), device="cpu") for name, folder in folders.items()}
     plan, sizes = networks["wide"].plan, {name: (size["depth"], size["width"]) for name, size in SIZES.items()}
@@ -125,7 +125,10 @@ def run(given: argparse.Namespace) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/code"))
-    parser.add_argument("--data", default="emoji", help="the emoji set, or a parquet file with some of it")
+    parser.add_argument("--data", required=True, help="pictures to train on")
+    parser.add_argument("--test", required=True, help="pictures to measure against")
+    parser.add_argument("--judge", required=True, help="safetensors of the ResNet-20")
+    parser.add_argument("--tokenizer", default="runs/cifar-10-tokenizer/tokenizer")
     parser.add_argument("--minutes", type=float, default=30.0, help="of either network's training")
     parser.add_argument("--tune-minutes", type=float, default=8.0, help="of either part's tuning")
     parser.add_argument("--draft-steps", type=int, default=3, help="of the pair that is tuned")
