@@ -115,6 +115,12 @@ ARMS: dict[str, Arm] = {
                   "coarse_solver_steps": 50, "solver_steps": 50}),
 }
 
+CONTROLLED = {
+    "car": Arm("car", "residual", BODY, GUIDED, {"control": {"kinds": ["canny"], "widths": [16, 32, 64]}}),
+    "scalar": Arm("scalar", "residual", BODY, GUIDED, {"control": {
+        "kinds": ["canny"], "encoder": "emoji-features", "feature_width": 272}})}
+"""What steers a VAR by a map, for ``--costs``; experiments/control_agreement.py trains them."""
+
 
 def pictures_of(given: argparse.Namespace) -> str:
     """The parquet file with the first pictures of the data, written where it isn't there."""
@@ -276,7 +282,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def untrained(arm: Arm) -> ClassConditionalSystem:
     """The system of an arm with random weights."""
-    values = {"system": arm.system, "generator": arm.generator, "settings": arm.settings}
+    values = {"system": arm.system, "generator": arm.generator, "settings": arm.settings, **arm.recipe}
     recipe = build(GeneratorTraining, values, arm.system)
     kind = folders.system_type(arm.system)
     tokenizer = kind.fitted(Tokenizer(build(TokenizerRecipe, FAMILIES[arm.family], arm.family).model))
@@ -289,7 +295,8 @@ def costs(arms: dict[str, Arm], pictures: int = 8) -> str:
     lines = ["| arm | parameters | steps | evaluations | of the head | rows a picture | kB of memory a picture | "
              "most kB alive a picture |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name, arm in arms.items():
-        found = cost_of(untrained(arm), [i % 10 for i in range(pictures)], peak=True)
+        steered = {"control": torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8)} if name in CONTROLLED else {}
+        found = cost_of(untrained(arm), [i % 10 for i in range(pictures)], peak=True, **steered)
         assert found.peak_bytes is not None
         lines.append(f"| {name} | {found.parameters / 1e6:.2f} M | {found.steps} | {found.evaluations} | "
                      f"{found.head_evaluations or ''} | {found.rows / pictures:.0f} | "
@@ -322,11 +329,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None, progress: Callable[[str], None] = print) -> int:
     given = parse(arguments)
     try:
-        unknown = [name for name in given.only or () if name not in ARMS]
+        arms = {**ARMS, **CONTROLLED} if given.costs else ARMS
+        unknown = [name for name in given.only or () if name not in arms]
         if unknown:
-            raise InputError(f"no arm {unknown[0]!r}{did_you_mean(unknown[0], ARMS, '; known are ' + ', '.join(ARMS))}")
+            raise InputError(f"no arm {unknown[0]!r}{did_you_mean(unknown[0], arms, '; known are ' + ', '.join(arms))}")
         torch.set_num_threads(given.threads)
-        wanted = {name: arm for name, arm in ARMS.items() if given.only is None or name in given.only}
+        wanted = {name: arm for name, arm in arms.items() if given.only is None or name in given.only}
         if given.costs:
             print(costs({name: arm for name, arm in wanted.items() if not arm.seed}))
             return 0

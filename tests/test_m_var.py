@@ -174,8 +174,9 @@ def test_carried_state_equals_recomputed_prefix_equals_one_call(changes: dict) -
     with torch.no_grad():
         at_once = system.head(hidden_states(system, system.plan, reads, condition, ("conditional", "unconditional")))
     assert float(at_once.std()) > 0.3
-    torch.testing.assert_close(carried, recomputed, rtol=0, atol=3e-5)
-    torch.testing.assert_close(carried, at_once, rtol=0, atol=3e-5)
+    near = 1e-5 * float(at_once.abs().max())
+    torch.testing.assert_close(carried, recomputed, rtol=0, atol=near)
+    torch.testing.assert_close(carried, at_once, rtol=0, atol=near)
     assert run.filled == 4
 
 

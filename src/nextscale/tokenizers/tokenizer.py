@@ -107,10 +107,10 @@ class Tokenizer(nn.Module):
 
     def cached_moments(self, picture: Tensor) -> Tensor:
         """The moments (B, L, 2C) that a token cache holds, of all ``cached_grids``; those of a coarser one are of the
-        picture reduced to its size by area."""
+        picture reduced to its size, bicubically as Hi-MAR's published code does it."""
         factor, parts = self.config.factor, []
         for h, w in self.config.cached_grids:
-            parts.append(self.moments(resize(picture, (h * factor, w * factor), "area")).flatten(2).transpose(1, 2))
+            parts.append(self.moments(resize(picture, (h * factor, w * factor), "bicubic")).flatten(2).transpose(1, 2))
         return torch.cat(parts, 1)
 
     def encode(self, picture: Tensor, plan: Plan | None = None, corrupt: Callable[[int, Tensor], Tensor] | None = None,
