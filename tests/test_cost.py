@@ -1,10 +1,13 @@
 """What a generation costs is counted, and the counts are those of the plan."""
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import tiny_var
+from torch import nn
 
 from nextscale.evaluation.cost import LiveBytes, cost_of
+from nextscale.systems import car, himar, mar, scalar, xar
 
 
 def test_evaluations_rows_and_memory_are_the_plan_s() -> None:
@@ -40,3 +43,35 @@ def test_bytes_count_while_they_are_alive() -> None:
         assert live.now == 4000, "a view keeps its storage"
         del view
         assert live.now == 0
+
+
+def products_a_row(module: nn.Module) -> int:
+    """Multiplications of a row by the weights of blocks; their modulation is once a picture."""
+    return sum(weight.numel() for name, weight in module.named_parameters()
+               if weight.ndim == 2 and "modulation" not in name and ("blocks." in name or "joins." in name))
+
+
+def test_controls_cost_the_published_share_of_their_base() -> None:
+    with torch.device("meta"):
+        tower, encodings = car.CAR(car.preset_config("car-d16")), scalar.SCALAR(scalar.preset_config("scalar-d16"))
+    base = products_a_row(tower.generator)
+    assert base == 16 * 12 * 1024**2 == products_a_row(encodings.generator)
+    # CAR: half as many blocks, and a layer 2C -> C for each. Attention among a picture's rows, not counted, adds alike.
+    assert products_a_row(tower.control) == 8 * (12 + 2) * 1024**2
+    assert 0.5 < products_a_row(tower.control) / base < 0.6
+    # SCALAR: one layer C_f -> C a block and scale, of which a row meets its own scale's.
+    a_row = encodings.control.weight[0].numel()
+    assert a_row / base == 0.125 and a_row < products_a_row(tower.control) / 3
+
+
+def test_published_samplers_take_the_published_evaluations() -> None:
+    config = xar.preset_config("xar-base")
+    entities, solver_steps = 4, config.settings["pictures"].solver_steps
+    # The first evaluation of all entities but one also runs the entity before, which is clean now.
+    assert (entities * solver_steps - (entities - 1), entities - 1) == (157, 3)
+    with torch.device("meta"):
+        cells, coarse_to_fine = xar.XAR(config), himar.HiMAR(himar.preset_config("himar-base"))
+        masked = mar.MAR(mar.preset_config("mar-base"))
+    assert [step.rows for step in cells.plan] == [64] * entities
+    steps = len(coarse_to_fine.plan_for(coarse_to_fine.config.settings["fid"]))
+    assert steps == 36 and len(masked.plan_for(masked.config.settings["fid"])) / steps == pytest.approx(7.1, abs=0.02)
