@@ -55,9 +55,7 @@ def generate(
     negative: Annotated[
         str | None, typer.Option("--negative", help="A prompt for what pictures are led away from.")
     ] = None,
-    ratio: Annotated[
-        str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
-    ] = None,
+    ratio: options.Ratio = None,
     benchmark: Annotated[
         prompted.Benchmark | None,
         typer.Option("--benchmark", help="Put pictures where this benchmark's evaluator looks; --prompts is its own "

@@ -61,6 +61,9 @@ Grids = Annotated[
     str | None,
     typer.Option("--schedule", help="Other scales, as in 1,2,4,6x8, where the system can.", show_default="the model's"),
 ]
+Ratio = Annotated[
+    str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
 GuidanceScale = Annotated[
     float | None,
