@@ -116,6 +116,18 @@ def test_pictures_are_edited_in_the_shape_that_a_ratio_means(work: Path, capsys:
     assert "takes no prompts" in told(capsys, "edit", *edit[2:], "x.png", *box, "--model", "var-d2-16px")
 
 
+def test_sizes_in_pixels_are_drawn_but_where_a_prompt_has_a_ratio(work: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one-wide.jsonl").write_text('{"prompt": "sun", "ratio": 2}\n{"prompt": "moon"}\n')
+    draw = ["generate", "--model", "model", "--prompts", "one-wide.jsonl", "--out"]
+    assert run([*draw, "sized", "--size", "20x12"]) == 0
+    assert [pixels(f"sized/{name}").shape[:2] for name in ("00000-sun.png", "00001-moon.png")] == [(12, 24), (20, 12)]
+    for more, message in ((["20"], "give height x width"), (["20x13"], "multiples of 4"),
+                          (["20x12", "--ratio", "2"], "give one")):
+        assert message in told(capsys, *draw, "x", "--size", *more)
+    assert "draws 16x16 pixels only" in told(capsys, "generate", "--model", "var-d2-16px", "--size", "20x12")
+
+
 def test_calibrations_and_limits_look_at_prompts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--model", "model", "--count", "2", "--out"]
     assert run(["calibrate", "hack", "sun", "red apple", *common, "heads.json"]) == 0

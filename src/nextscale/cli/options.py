@@ -329,6 +329,14 @@ def read_size(text: str | None, name: str) -> int | None:
     return int(count)
 
 
+def read_pixels(text: str, name: str) -> tuple[int, int]:
+    """Height and width in pixels, as in ``256x384``. Raises InputError for others."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.strip().lower())
+    if found is None:
+        raise InputError(f"{name} is {text!r}; give height x width in pixels, as in 256x384")
+    return int(found[1]), int(found[2])
+
+
 def read_numbers(text: str, name: str) -> list[int]:
     """Integers with commas between. Raises InputError for others."""
     try:
