@@ -20,7 +20,7 @@ import nextscale
 from nextscale.cli.evaluate import open_judge
 from nextscale.cli.main import run
 from nextscale.conditions.text_words import WordConfig
-from nextscale.data.images import to_pil
+from nextscale.data.images import resize_crop, to_pil
 from nextscale.data.pictures_out import read_settings
 from nextscale.errors import WeightsError
 from nextscale.evaluation import text_judge
@@ -99,6 +99,33 @@ def test_edit_draws_a_prompt_into_a_region_and_varies_a_picture_from_a_scale_on(
         assert message in told(capsys, *edit, "x.png", *more)
     other = ["edit", "sun", "--picture", "pictures/03.png", *box, "--model", "var-d2-16px", "--out", "x.png"]
     assert "takes no prompts" in told(capsys, *other)
+
+
+def test_pictures_are_edited_in_the_shape_that_a_ratio_means(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = ["edit", "sun", "--picture", "pictures/03.png", "--model", "model", "--ratio", "2", "--out"]
+    box = ["--box", "0,0,16,8"]
+    assert run([*edit, "wide.png", *box, "--resize"]) == 0
+    fitted = np.asarray(resize_crop(Image.open("pictures/03.png"), (12, 24)))
+    wide = pixels("wide.png")
+    assert np.array_equal(wide[8:], fitted[8:]) and not np.array_equal(wide[:6], fitted[:6])
+    for name, where in (("around.png", ["--outpaint", "0.5"]), ("kept.png", ["--keep-scales", "2"])):
+        assert run([*edit, name, *where, "--resize"]) == 0
+        assert pixels(name).shape == (12, 24, 3)
+    assert "takes 24x12; add --resize" in told(capsys, *edit, "x.png", *box)
+    assert "ratio is 'wide'" in told(capsys, *edit, "x.png", *box, "--ratio", "wide")
+    assert "takes no prompts" in told(capsys, "edit", *edit[2:], "x.png", *box, "--model", "var-d2-16px")
+
+
+def test_sizes_in_pixels_are_drawn_but_where_a_prompt_has_a_ratio(work: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one-wide.jsonl").write_text('{"prompt": "sun", "ratio": 2}\n{"prompt": "moon"}\n')
+    draw = ["generate", "--model", "model", "--prompts", "one-wide.jsonl", "--out"]
+    assert run([*draw, "sized", "--size", "20x12"]) == 0
+    assert [pixels(f"sized/{name}").shape[:2] for name in ("00000-sun.png", "00001-moon.png")] == [(12, 24), (20, 12)]
+    for more, message in ((["20"], "give height x width"), (["20x13"], "multiples of 4"),
+                          (["20x12", "--ratio", "2"], "give one")):
+        assert message in told(capsys, *draw, "x", "--size", *more)
+    assert "draws 16x16 pixels only" in told(capsys, "generate", "--model", "var-d2-16px", "--size", "20x12")
 
 
 def test_calibrations_and_limits_look_at_prompts(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,14 @@ def test_pictures_of_another_size_are_refused(system: VAR, shape: tuple[int, ...
         system.edit(torch.zeros(shape), torch.zeros(shape[0], *shape[-2:], dtype=torch.bool))
 
 
+def test_a_schedule_that_the_system_cannot_follow_is_refused(system: VAR) -> None:
+    wide = {"schedule": [(1, 1), (2, 2), (3, 3), (4, 6)]}
+    with pytest.raises(InputError, match="by the schedule it was trained with"):
+        system.edit(torch.zeros(1, 3, 16, 24), torch.zeros(1, 16, 24, dtype=torch.bool), **wide)
+    with pytest.raises(InputError, match="by the schedule it was trained with"):
+        system.enlarge(emoji(1), **wide)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16, 16), (1, 1, 16, 16), (16, 16)])
 def test_masks_of_another_size_are_refused(system: VAR, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="mask"):

@@ -161,6 +161,20 @@ def test_editing_keeps_the_tokens_of_cells_that_stay_at_every_scale() -> None:
     assert torch.equal(drawn.tokens[-1].view(2, 4, 4)[:, :, :2], known[:, :, :2])
 
 
+def test_pictures_of_another_shape_are_edited_and_enlarged_by_its_schedule() -> None:
+    system, schedule = tiny(), [(1, 1), (2, 3), (4, 6)]
+    pictures, redraw = torch.nn.functional.pad(emoji(2), (4, 4, 0, 0)), torch.zeros(2, 16, 24, dtype=torch.bool)
+    redraw[:, :, 12:] = True
+    given = {"schedule": schedule, "output": "torch", "progress": False}
+    own = system.encode(pictures, schedule)
+    drawn = system.edit(pictures, redraw, [0, 1], **given)
+    assert torch.equal(drawn.tokens[-1].view(2, 4, 6)[..., :3], own[-1].view(2, 4, 6)[..., :3])
+    assert not torch.equal(drawn.tokens[-1], own[-1])
+    large = system.enlarge(pictures, [0, 1], scales=2, **given)
+    assert [torch.equal(a, b) for a, b in zip(large.tokens, own, strict=True)] == [True, True, False]
+    assert drawn.images.shape == large.images.shape == pictures.shape
+
+
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
     system = tiny()
     with pytest.raises(InputError, match="beyond the position table's 8"):

@@ -341,6 +341,34 @@ def test_pictures_stream_and_are_edited_from_prompts() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept.tokens, system.encode(picture), strict=True))
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_other_shapes_stream_and_are_edited_and_enlarged(patch: int) -> None:
+    system, asked = tiny(patch=patch), {"seed": 2, "output": "torch"}
+    given = {**asked, "ratio": 2.0, "negative_prompt": "blue"}
+    drawn, last = system.generate("sun", **given), list(system.stream("sun", **given))[-1]
+    assert drawn.images.shape == (1, 3, 12, 24) and torch.equal(last.images, drawn.images)
+    picture, redraw = picture_of(system, 1, WIDE), torch.zeros(1, 12, 20, dtype=torch.bool)
+    own = system.encode(picture, WIDE)
+    kept = system.edit(picture, redraw, "sun", schedule=WIDE, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(kept.tokens, own, strict=True))
+    redraw[:, :, :8] = True
+    known = torch.arange(15).view(3, 5)[:, 2:].flatten()
+    found = [system.edit(picture, redraw, "sun", schedule=WIDE, **asked, **more).tokens[-1]
+             for more in ({}, {"negative_prompt": "blue"})]
+    assert all(torch.equal(tokens[:, known], own[-1][:, known]) for tokens in found)
+    assert not torch.equal(found[0], own[-1]) and not torch.equal(*found)
+    latent = system.edit(picture, redraw, "sun", schedule=WIDE, rule="latent", **asked)
+    assert latent.images.shape == picture.shape
+    large = system.enlarge(picture[..., ::2, ::2], "sun", scales=2, **given)
+    whole = resize(picture[..., ::2, ::2], (12, 24), "bicubic").clamp(-1, 1)
+    for k, coarse in enumerate(system.encode(whole, system.schedule_of_ratio(0.5))):
+        assert torch.equal(large.tokens[k], coarse) == (k < 2)
+    for more, message in (({}, "edits 16x16 pixels, got"), ({"ratio": 2.0}, "edits 12x24 pixels by this schedule, got"),
+                          ({"ratio": 2.0, "schedule": WIDE}, "give one")):
+        with pytest.raises(InputError, match=message):
+            system.edit(picture, redraw, "sun", **more)
+
+
 def test_an_empty_prompt_is_said_and_none_is_not(caplog: pytest.LogCaptureFixture) -> None:
     system = tiny()
     with caplog.at_level(logging.WARNING, "nextscale"):

@@ -252,6 +252,8 @@ def test_pictures_stream_and_are_edited_from_prompts() -> None:
     assert torch.equal(last.images, drawn.images)
     kept = system.edit(emoji(1), torch.zeros(1, 16, 16, dtype=torch.bool), "sun", output="torch")
     assert all(torch.equal(a, b) for a, b in zip(kept.tokens, system.encode(emoji(1)), strict=True))
+    with pytest.raises(InputError, match="one shape only"):
+        system.stream("sun", ratio=2.0)
 
 
 def test_known_tokens_of_a_scale_in_rounds_stay_and_steer_the_others() -> None:

@@ -46,6 +46,7 @@ def edit(
     negative: Annotated[
         str | None, typer.Option("--negative", help="A prompt for what the picture is led away from.")
     ] = None,
+    ratio: options.Ratio = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Variants; more than one make a sheet.")] = 1,
     model: options.Model = DEFAULT_MODEL,
     paste: Annotated[
@@ -111,18 +112,20 @@ def edit(
     options.check_control(control, control_kind, model, control_weights)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     steered = options.read_control(control, control_kind, system)
-    if prompted.check(system, model, label, bool(prompt or negative)):
+    if prompted.check(system, model, label, bool(prompt or negative or ratio)):
         what: Any = system.prompts(prompt, negative, count)
     else:
         what = [options.read_label(label[0], system) if label else None] * count
-    size = system.tokenizer.picture_size
+    schedule = prompted.schedule_of(system, ratio)
+    size = system.size_of(schedule)
     image = options.fit_picture(image, str(picture), size, resize)
     if outpaint is not None:
-        image, region = surround(image, outpaint, system.plan.grid)
+        image, region = surround(image, outpaint, system.plan_of(schedule).grid)
     sampling: dict[str, Any] = {
         "seed": seed,
         "output": "numpy",
         "hooks": hooks,
+        "schedule": schedule,
         **steered,
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system),
@@ -192,7 +195,7 @@ def surround(image: Image.Image, share: float, grid: tuple[int, int]) -> tuple[I
     touches is drawn anew.
 
     Args:
-        image: of the model's size.
+        image: of the size that is drawn.
         share: of the side that the picture keeps, in (0, 1).
         grid: height and width of the latent.
     """

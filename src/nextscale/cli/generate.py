@@ -55,8 +55,11 @@ def generate(
     negative: Annotated[
         str | None, typer.Option("--negative", help="A prompt for what pictures are led away from.")
     ] = None,
-    ratio: Annotated[
-        str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
+    ratio: options.Ratio = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Height x width in pixels, as in 256x384, where the system can.",
+                     show_default="the model's"),
     ] = None,
     benchmark: Annotated[
         prompted.Benchmark | None,
@@ -120,8 +123,8 @@ def generate(
     limit = options.read_size(memory_limit, "--memory-limit")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
     options.check_control(control, control_kind, model, control_weights)
-    if ratio is not None and schedule is not None:
-        raise InputError("--ratio and --schedule both say which scales; give one")
+    if sum(given is not None for given in (ratio, size, schedule)) > 1:
+        raise InputError("--ratio, --size and --schedule each say which scales; give one")
     if benchmark is not None:
         if prompt or seeds or kind != "folder":
             raise InputError("--benchmark: its pictures go into a folder, each with a prompt of --prompts and a seed "
@@ -131,6 +134,8 @@ def generate(
     hooks = options.make_hooks(hook)
     steered = options.read_control(control, control_kind, system)
     grids = None if schedule is None else parse_grids(schedule)
+    if size is not None:
+        grids = system.schedule_for(options.read_pixels(size, "--size"))
     steers = prompted.check(system, model, label, bool(prompt or prompts or negative or ratio))
 
     def draw(group: prompted.Asked, **more: Any) -> Generation:
@@ -141,7 +146,7 @@ def generate(
             batch_size=batch_size,
             memory_limit=limit,
             output="numpy",
-            schedule=grids or group.schedule,
+            schedule=group.schedule or grids,
             hooks=hooks,
             **more,
             **steered,

@@ -61,6 +61,9 @@ Grids = Annotated[
     str | None,
     typer.Option("--schedule", help="Other scales, as in 1,2,4,6x8, where the system can.", show_default="the model's"),
 ]
+Ratio = Annotated[
+    str | None, typer.Option("--ratio", help="Width to height, as in 4:3; the nearest that the model has.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the first picture; the next ones count up.")]
 GuidanceScale = Annotated[
     float | None,
@@ -324,6 +327,14 @@ def read_size(text: str | None, name: str) -> int | None:
     if not 1 <= count < 1e18:
         raise InputError(f"{name} is {text!r}; give a size such as 6GB, 800MB or a number of bytes")
     return int(count)
+
+
+def read_pixels(text: str, name: str) -> tuple[int, int]:
+    """Height and width in pixels, as in ``256x384``. Raises InputError for others."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.strip().lower())
+    if found is None:
+        raise InputError(f"{name} is {text!r}; give height x width in pixels, as in 256x384")
+    return int(found[1]), int(found[2])
 
 
 def read_numbers(text: str, name: str) -> list[int]:

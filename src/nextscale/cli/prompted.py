@@ -96,6 +96,14 @@ def read(
     return [_asked(system, members, shape, negative) for shape, members in groups.items()]
 
 
+def schedule_of(system: Any, ratio: str | None) -> Any:
+    """The schedule that ``--ratio`` means, None (the model's own) where it isn't given. Raises DataError for what is no
+    ratio, InputError where the model has one shape only."""
+    from nextscale.data.prompts import read_ratio
+
+    return None if ratio is None else list(system.schedule_of_ratio(1 / read_ratio(ratio, "--ratio")))
+
+
 def _asked(system: Any, members: list[tuple[Any, int]], ratio: float | None, negative: str | None) -> Asked:
     away = [one.negative or negative or "" for one, _ in members]
     labels = system.prompts([one.text for one, _ in members], away if any(away) else None)
@@ -153,11 +161,10 @@ def draw_benchmark(
         InputError: names or pictures that the layout can't hold, a ratio that can't be drawn.
         DataError: files that belong to other prompts, or can't be written.
     """
-    from nextscale.data.prompts import read_ratio
     from nextscale.evaluation.prompt_exports import export
     from nextscale.sampling.generation import Progress
 
-    schedule = None if ratio is None else list(system.schedule_of_ratio(1 / read_ratio(ratio, "--ratio")))
+    schedule = schedule_of(system, ratio)
     number = {layout.files(one)[0]: i for i, one in enumerate(prompts)}
 
     def pictures(one: BenchmarkPrompt) -> np.ndarray:

@@ -142,8 +142,7 @@ class MAR(ContinuousSystem):
         in a random order, in no more iterations than there are. Arguments as ``ClassConditionalSystem.edit`` has them.
         """
         check_output(output)
-        self.check_edit(pictures, redraw)
-        self.plan_of(schedule)
+        self.check_edit(pictures, redraw, schedule)
         rows, used, began = self.label_rows(labels, len(pictures)), self.settings_for(purpose, settings), _now()
         all_seeds, given = picture_seeds(len(rows), seed, seeds), self.encode(pictures)
         known = [editing.latent_mask(redraw.to(self.device), step.grid).flatten(1) > 0.5 for step in self.plan]

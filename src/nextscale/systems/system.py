@@ -438,6 +438,12 @@ class System(nn.Module):
             raise InputError(f"size {size[0]}x{size[1]}: both must be multiples of {factor} pixels")
         return size[0] // factor, size[1] // factor
 
+    def size_of(self, schedule: Schedule | None = None) -> tuple[int, int]:
+        """Height and width in pixels of what a schedule draws; None is the model's own. Raises InputError where the
+        system can't follow it."""
+        (h, w), factor = self.plan_of(schedule).grid, self.config.tokenizer.factor
+        return h * factor, w * factor
+
     @torch.no_grad()
     def stream(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, seed: int = 0,
                seeds: Sequence[int] | None = None, purpose: str = "pictures", guidance: Guidance | None = None,
@@ -486,12 +492,13 @@ class System(nn.Module):
              rule: editing.EditRule = "tokens", **settings: Any) -> Generation:
         """Redraw a region without training: in- and outpainting, or another class inside a region.
 
-        pictures: (B, 3, S, S) in [-1, 1]; redraw: bool (B, S, S), True where to draw anew. rule: ``tokens`` forces the
+        pictures: (B, 3, S, S') in [-1, 1]; redraw: bool (B, S, S'), True where to draw anew; both of the size that the
+        schedule means. rule: ``tokens`` forces the
         tokens of untouched cells at every scale, so the rest equals the tokenizer's reconstruction; ``latent`` keeps
         the latent of cells whose nearest pixel is known, see ``editing.KnownLatent``, and then the tokens that are
-        returned are not the picture's. Raises InputError when sizes are not the model's, and on unknown rules.
+        returned are not the picture's. Raises InputError when sizes are others, and on unknown rules.
         """
-        self.check_edit(pictures, redraw)
+        self.check_edit(pictures, redraw, schedule)
         if rule not in ("tokens", "latent"):
             raise InputError(f"rule {rule!r} is unknown; use tokens or latent")
         plan = self.plan_of(schedule)
@@ -510,11 +517,12 @@ class System(nn.Module):
                 hooks: Sequence[Hook] = (), **options: Any) -> Generation:
         """Super-resolution without training: the coarse scales are those of small pictures, the others are drawn.
 
-        pictures: (B, 3, h, w) in [-1, 1], resized to the model's size before they are encoded; scales: how many of
+        pictures: (B, 3, h, w) in [-1, 1], resized to the schedule's size before they are encoded; scales: how many of
         their scales are given, by default those whose grids the small pictures fill; options: as ``generate``'s. Raises
         InputError for a number of scales that the schedule hasn't.
         """
-        plan, (height, width) = self.plan_of(options.get("schedule")), self.tokenizer.picture_size
+        schedule = options.get("schedule")
+        plan, (height, width) = self.plan_of(schedule), self.size_of(schedule)
         if scales is None:
             filled = [h * height <= plan.grid[0] * pictures.shape[2] and w * width <= plan.grid[1] * pictures.shape[3]
                       for h, w in (step.grid for step in plan)]
@@ -523,14 +531,16 @@ class System(nn.Module):
             raise InputError(f"scales is {scales}; of this model's {len(plan)} scales 1 to {len(plan)} can be given")
         whole = resize(pictures.to(self.device), (height, width), "bicubic").clamp(-1, 1)
         keep = editing.keep_first(plan, scales, len(pictures), self.device)
-        forced = editing.ForcedTokens(self.encode(whole, options.get("schedule")), keep)
+        forced = editing.ForcedTokens(self.encode(whole, schedule), keep)
         return self.generate(labels, len(pictures), hooks=[*hooks, forced], **{**options, "batch_size": len(pictures)})
 
-    def check_edit(self, pictures: Tensor, redraw: Tensor) -> None:
-        """Raises InputError where pictures or masks of an edit are not of the model's size."""
-        h, w = self.tokenizer.picture_size
+    def check_edit(self, pictures: Tensor, redraw: Tensor, schedule: Schedule | None = None) -> None:
+        """Raises InputError where pictures or masks of an edit are not of the size that the schedule means."""
+        h, w = self.size_of(schedule)
         if tuple(pictures.shape[1:]) != (3, h, w):
-            raise InputError(f"picture: this model edits {h}x{w} pixels, got {tuple(pictures.shape[2:])}; resize it")
+            by = "" if schedule is None else " by this schedule"
+            raise InputError(f"picture: this model edits {h}x{w} pixels{by}, got {tuple(pictures.shape[2:])}; resize "
+                             "it")
         if tuple(redraw.shape) != (len(pictures), h, w):
             raise InputError(f"mask: its shape {tuple(redraw.shape)} must be {(len(pictures), h, w)}, as the picture's")
 

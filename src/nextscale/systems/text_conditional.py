@@ -18,11 +18,9 @@ from nextscale.errors import InputError
 from nextscale.objectives.distillation import Direction, distillation_loss
 from nextscale.parallel import rand_pictures
 from nextscale.plan import Plan
-from nextscale.sampling.generation import Generation
+from nextscale.sampling.generation import Generation, Preview
 from nextscale.systems.system import Config, Schedule, System
 from nextscale.tokenizers import pyramid
-
-Prompts = Sequence[str | None] | str | TextFeatures | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class PromptRows:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.prompts)
+
+
+Prompts = PromptRows | TextFeatures | Sequence[str | None] | str | None
+Negative = TextFeatures | Sequence[str] | str | None
 
 
 class TextConditionalSystem(System):
@@ -98,10 +100,9 @@ class TextConditionalSystem(System):
                 raise InputError(f"prompt {prompt!r} is no text")
         return PromptRows(tuple(prompts), self.features(prompts))
 
-    def prompts(self, prompts: Prompts, negative: Sequence[str] | str | TextFeatures | None = None,
-                count: int | None = None) -> PromptRows:
+    def prompts(self, prompts: Prompts, negative: Negative = None, count: int | None = None) -> PromptRows:
         """Prompts with what they are led away from: one negative prompt for all, or one a picture, or their features.
-        ``generate``, ``stream`` and ``edit`` take such rows in the place of prompts."""
+        ``generate``, ``stream``, ``edit`` and ``enlarge`` take such rows in the place of prompts."""
         rows = self.label_rows(prompts, count)
         given = [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, (list, tuple)) else []
         blank = sum(isinstance(prompt, str) and not prompt.strip() for prompt in given)
@@ -128,21 +129,42 @@ class TextConditionalSystem(System):
     def training_rows(self, batch: Mapping[str, Any]) -> Any:
         return batch["caption"]
 
-    def generate(self, prompts: Prompts | PromptRows = None, count: int | None = None, *,  # type: ignore[override]
-                 negative_prompt: Sequence[str] | str | None = None, ratio: float | None = None,
-                 **options: Any) -> Generation:
+    def generate(self, prompts: Prompts = None, count: int | None = None, *,  # type: ignore[override]
+                 negative_prompt: Negative = None, ratio: float | None = None, **options: Any) -> Generation:
         """Draw pictures of prompts: one for ``count`` pictures, or one a picture.
 
         negative_prompt: what they are led away from instead of nothing, one for all or one a picture; ratio: width to
         height, the nearest that the system has; options: as ``System.generate``'s. Raises InputError where both a ratio
         and a schedule are given.
         """
-        rows = prompts if isinstance(prompts, PromptRows) else self.prompts(prompts, negative_prompt, count)
-        if ratio is not None:
-            if options.get("schedule") is not None:
-                raise InputError("ratio and schedule both say which scales; give one")
-            options["schedule"] = self.schedule_of_ratio(1 / ratio)
-        return super().generate(rows, None, **options)
+        options = self.shaped(ratio, options)
+        return super().generate(self.prompts(prompts, negative_prompt, count), None, **options)
+
+    def stream(self, prompts: Prompts = None, count: int | None = None, *,  # type: ignore[override]
+               negative_prompt: Negative = None, ratio: float | None = None, **options: Any) -> Iterator[Preview]:
+        """The same step by step, see ``System.stream``."""
+        options = self.shaped(ratio, options)
+        return super().stream(self.prompts(prompts, negative_prompt, count), None, **options)
+
+    def edit(self, pictures: Tensor, redraw: Tensor, prompts: Prompts = None, *,  # type: ignore[override]
+             negative_prompt: Negative = None, ratio: float | None = None, **options: Any) -> Generation:
+        """Redraw a region, see ``System.edit``; pictures are of the shape that the ratio means."""
+        options = self.shaped(ratio, options)
+        return super().edit(pictures, redraw, self.prompts(prompts, negative_prompt, len(pictures)), **options)
+
+    def enlarge(self, pictures: Tensor, prompts: Prompts = None, *,  # type: ignore[override]
+                negative_prompt: Negative = None, ratio: float | None = None, **options: Any) -> Generation:
+        """Super-resolution, see ``System.enlarge``, to the shape that the ratio means."""
+        options = self.shaped(ratio, options)
+        return super().enlarge(pictures, self.prompts(prompts, negative_prompt, len(pictures)), **options)
+
+    def shaped(self, ratio: float | None, options: dict[str, Any]) -> dict[str, Any]:
+        """Options with the schedule of a ratio (width to height) among them."""
+        if ratio is None:
+            return options
+        if options.get("schedule") is not None:
+            raise InputError("ratio and schedule both say which scales; give one")
+        return {**options, "schedule": self.schedule_of_ratio(1 / ratio)}
 
     def schedule_of_ratio(self, ratio: float) -> Schedule:
         """The schedule of an aspect ratio (height / width). Raises InputError where the system has one shape only."""
