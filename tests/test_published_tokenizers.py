@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_infinity
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -127,12 +128,28 @@ def test_kl_16_gives_the_published_outputs() -> None:
 @pytest.mark.parametrize("name, parameters", [
     ("kl-16", 66_456_019),  # 253.5 MiB in float32, the size of the published file
     ("llamagen-vq-16", 71_883_403), ("llamagen-vq-8", 70_109_835), ("infinity-d16", 44_951_952 + 65_018_627),
+    ("infinity-d24", 44_988_824 + 65_055_491),
     ("infinity-d32", 45_025_696 + 65_092_355), ("infinity-d64", 45_173_184 + 65_239_811),
     ("infinity-d14-f8", 33_139_598 + 48_484_611)])
 def test_published_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     with torch.device("meta"):
         tokenizer = Tokenizer(PUBLISHED[name])
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("infinity-")])
+def test_infinity_s_tokenizers_load_by_name(name: str) -> None:
+    with torch.device("meta"):
+        weights = test_infinity.published_tokenizer(Tokenizer(PUBLISHED[name]))
+        tokenizer = published_tokenizer(name, weights)
+        assert tokenizer.config == PUBLISHED[name] and not tokenizer.training
+        width = tokenizer.config.autoencoder.latent_width
+        weights["decoder.conv_in.conv.weight"] = torch.empty(512, width + 2, 3, 3)
+        with pytest.raises(WeightsError, match=r"wrong shape: decoder\.conv_in\.conv\.weight"):
+            published_tokenizer(name, weights)
+        del weights["decoder.conv_in.conv.weight"]
+        with pytest.raises(WeightsError, match=r"missing: decoder\.input\.weight"):
+            published_tokenizer(name, weights)
 
 
 def test_infinity_s_names_load_with_and_without_the_extra_wrapping() -> None:

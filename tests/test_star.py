@@ -60,11 +60,11 @@ class LettersEncoder:
 
 
 def tiny(rounds: tuple[int, ...] = (), seed: int = 0, base_until: int = 0, dropping: TokenDropping | None = None,
-         sampler_blocks: int = 2, **generator: object) -> STAR:
+         sampler_blocks: int = 2, grids: tuple[tuple[int, int], ...] = GRIDS, **generator: object) -> STAR:
     network = STARGeneratorConfig(3, 48, 3, text_width=WIDTH, pooled_width=POOLED, sampler_blocks=sampler_blocks,
                                   sampled_from=2, **generator)  # type: ignore[arg-type]
     settings = STARSettings(3.0, top_k=20, rounds=rounds, random_rounds=1, base_until=base_until)
-    system = STAR(STARConfig(TokenizerConfig(AUTOENCODER, GRIDS, 32), network, {"pictures": settings},
+    system = STAR(STARConfig(TokenizerConfig(AUTOENCODER, grids, 32), network, {"pictures": settings},
                              dropping or TokenDropping())).eval()
     fill(system, seed)
     system.encoder = LettersEncoder()

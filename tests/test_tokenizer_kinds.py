@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from tiny import AUTOENCODER, GRIDS, emoji, fill, labels
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nextscale.canvas import Canvas
 from nextscale.configuration import build
@@ -21,6 +23,7 @@ from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.bitwise import SphericalBits
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
+from nextscale.training.tokenizer import usage_metrics
 from nextscale.training.tokens import tokenizer_hash
 
 ONE = ((4, 4),)
@@ -177,6 +180,41 @@ def test_lookup_free_losses_are_the_formula_s() -> None:
     torch.testing.assert_close(found.commitment_loss, (z_NC - torch.where(z_NC > 0, 1.0, -1.0)).square().mean())
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that is made under it, forwards or backwards."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor)), 0)
+        return found
+
+
+def trained_elements(case: str, **changes: Any) -> float:
+    """Elements of the largest tensor of a training pass, its losses' gradients and its record of usage, a row and
+    bit."""
+    tokenizer, pictures = make(case, **changes).train(), 3
+    quantiser, plan = tokenizer.quantiser, tokenizer.plan
+    latent = torch.randn(pictures, quantiser.latent_width, *plan.grid, requires_grad=True)
+    with Largest() as largest:
+        found = quantiser.train_pass(latent, Canvas.empty(plan, quantiser, pictures))
+        (found.latent_BCHW.sum() + found.commitment_loss + found.entropy_loss + found.latent_loss).backward()
+        for k, tokens in enumerate(found.tokens):
+            quantiser.record_usage(k, tokens, 0.9)
+        usage_metrics(quantiser)
+    assert latent.grad is not None and bool(found.entropy_loss != 0)
+    return largest.elements / (pictures * plan.length * quantiser.latent_width)
+
+
+def test_sixty_four_bits_train_in_memory_of_rows_times_bits() -> None:
+    assert trained_elements("bsq 64 bits") <= 2
+    # LFQ's entropy is over all codes, so as many bits are refused.
+    assert trained_elements("lfq scales", latent_width=10) > 2**10 / 10 / 2
+    with pytest.raises(InputError, match=r"'lfq' with 64 bits would sum over 2\^64 codes"):
+        make("lfq scales", tokens="bits", latent_width=64)
+
+
 @torch.no_grad()
 def test_finite_scalar_indices_are_digits_of_the_levels() -> None:
     levels = (8, 8, 8, 5, 5, 5)  # of the published Cosmos tokenizer, 64,000 codes
@@ -214,8 +252,14 @@ def test_usage_and_perplexity_count_what_every_scale_uses(case: str) -> None:
         assert float(quantiser.usage()[0]) == 3 / 64
         assert math.isclose(float(quantiser.perplexity()[0]), 8, rel_tol=1e-3)
         assert float(quantiser.perplexity()[1]) == 0
+        assert quantiser.balance().tolist() == pytest.approx([3 / 64] + [0] * (scales - 1), abs=1e-4)
         return
     quantiser.record_usage(0, torch.tensor([[3, 4, 5, 6]]), 0.9)
+    logged = {f"{name}_{k}" for name in ("usage", "perplexity") for k in range(scales)}
+    if case == "bsq scales":  # of 8 bits two are set in half of these, one in 3 of 4
+        assert quantiser.balance().tolist() == pytest.approx([2.8113 / 8] + [0] * (scales - 1), abs=1e-4)
+        logged |= {f"balance_{k}" for k in range(scales)}
+    assert usage_metrics(quantiser).keys() == logged
     assert math.isclose(float(quantiser.usage()[0]), 4 / tokenizer.config.vocabulary, rel_tol=1e-4)
     assert math.isclose(float(quantiser.perplexity()[0]), 4, rel_tol=1e-4)
     quantiser.record_usage(0, torch.full((1, 4000), 7), 0.0)

@@ -16,6 +16,7 @@ from nextscale.context import Attend, Context, Hook
 from nextscale.errors import InputError
 from nextscale.heads.bitwise import BitwiseHead
 from nextscale.heads.categorical import CategoricalHead
+from nextscale.heads.stable_sampling import StableSamplingHead
 from nextscale.layers.memory import Tags
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Rows, Run
@@ -37,7 +38,7 @@ class SoftCFG(Hook):
     and the guided output is z_cond + t (z_cond - z~_uncond). Memory keeps the values as they are: w changes every step.
     The paper's models draw token by token. Here a row counts for the token that it predicts; the first step's rows,
     which carry the condition, and the rows of the step itself are read as they are, and so are tokens that were given
-    and never predicted.
+    and never predicted. Of a scale that is drawn in rounds, p is the last round's.
 
     budget: 0 is plain guidance, 1 the paper's; 0 to 1. reads: ``values`` (the paper's choice), ``keys`` or ``both``,
     its ablation. Raises InputError where there is nothing to act on.
@@ -55,7 +56,7 @@ class SoftCFG(Hook):
 
     def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
         head = getattr(model.head, "head", model.head)  # of one that draws through another
-        if not isinstance(head, (CategoricalHead, BitwiseHead)):
+        if not isinstance(head, (CategoricalHead, BitwiseHead, StableSamplingHead)):
             raise InputError(f"softcfg: the confidence of a token needs logits, which a {type(head).__name__} does "
                              "not give; leave it out")
         if plan.visible.previous == 0:

@@ -90,8 +90,10 @@ def hooked(guidance: Guidance, filters: Sequence[Filter], hooks: Sequence[Hook],
         return guidance, (*behind, *filters)
 
     def guided(outputs: dict[str, Tensor], at: At) -> Tensor:
+        # A head may guide as at another step (STAR in rounds); hooks are told where the run stands.
+        here = at if run is None else replace(run.at, time=at.time, round=at.round)
         for hook in before:
-            outputs = hook.output(outputs, at, run)
+            outputs = hook.output(outputs, here, run)
         return guidance(outputs, at)
 
     return guided, (*behind, *filters)

@@ -4,6 +4,7 @@ A token is an index, its highest bit first, or the bits themselves (B, L, C) as 
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class Bits(Quantiser):
         p_KC = self._ones()
         return ((torch.minimum(p_KC, 1 - p_KC) >= share / 2) & (self.seen_K[:, None] > 0)).float().mean(1)
 
+    def balance(self) -> Tensor:
+        """Mean entropy of the single bits at every scale in bits, (K,): 1 where each is set half the time, 0 where none
+        ever changes. It says something of scales that have too few tokens to use all codes."""
+        return binary_entropy(self._ones()).mean(1) / math.log(2)
+
     def perplexity(self) -> Tensor:
         """exp(entropy) of the codes at every scale, (K,). Where they are too many to count: as if bits were
         independent, which is an upper bound."""
@@ -95,6 +101,10 @@ class Bits(Quantiser):
         return torch.exp(binary_entropy(self._ones()).sum(1)) * (self.seen_K > 0)
 
     def _ones(self) -> Tensor:
+        """How often every bit is set at every scale, (K, C)."""
+        if self.config.vocabulary <= MOST_COUNTED:
+            ones_KC = self.usage_KV @ (self.codes_VC() > 0).float()
+            return ones_KC / self.usage_KV.sum(1, keepdim=True).clamp_min(1e-12)
         return self.ones_KC / self.seen_K[:, None].clamp_min(1e-12)
 
 

@@ -21,6 +21,7 @@ from nextscale.objectives.reconstruction import (
     reconstruction_loss,
     ssim,
 )
+from nextscale.tokenizers.bitwise import Bits
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.discriminator import PatchDiscriminator
 from nextscale.tokenizers.quantiser import CodebookQuantiser, Quantiser
@@ -185,11 +186,12 @@ class TokenizerTask:
 
 
 def usage_metrics(quantiser: Quantiser) -> dict[str, Tensor]:
-    """Share of the codes in use and perplexity of every scale, ``usage_k`` and ``perplexity_k``, from the record that
-    a quantiser keeps while it is trained."""
-    usage_K, perplexity_K = quantiser.usage(), quantiser.perplexity()
-    return {f"{name}_{k}": value for name, values in (("usage", usage_K), ("perplexity", perplexity_K))
-            for k, value in enumerate(values)}
+    """Share of the codes in use and perplexity of every scale, ``usage_k`` and ``perplexity_k``, and of bitwise kinds
+    ``balance_k``, from the record that a quantiser keeps while it is trained."""
+    found = {"usage": quantiser.usage(), "perplexity": quantiser.perplexity()}
+    if isinstance(quantiser, Bits):
+        found["balance"] = quantiser.balance()
+    return {f"{name}_{k}": value for name, values_K in found.items() for k, value in enumerate(values_K)}
 
 
 @torch.no_grad()
