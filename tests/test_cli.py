@@ -369,9 +369,10 @@ def test_models_and_systems_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert "emoji-text-64" in said and "310M + 109M tokenizer" in said
     assert run(["systems"]) == 0
     said = capsys.readouterr().out
-    assert "130 systems" in said and "Scale-wise core" in said
+    assert "130 systems" in said and "Scale-wise core" in said and "2404.02905  VAR; licence: MIT" in said
     assert run(["systems", "VAR"]) == 0
-    assert "2404.02905" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "licence  MIT" in said and "eprint = {2404.02905}" in said
     assert run(["systems", "--status", "built"]) == 0
     assert " planned " not in capsys.readouterr().out
 

@@ -34,7 +34,7 @@ def test_rows_use_known_statuses_and_families() -> None:
 def test_planned_rows_claim_nothing() -> None:
     for entry in TABLE.values():
         if entry.status == "planned":
-            assert (entry.where, entry.command, entry.check) == ("", "", ""), entry.slug
+            assert (entry.where, entry.command, entry.check, entry.licence) == ("", "", "", ""), entry.slug
 
 
 @pytest.mark.parametrize("slug", NOT_PLANNED)
@@ -43,10 +43,22 @@ def test_what_is_built_imports_and_names_its_command_and_check(slug: str) -> Non
     assert registry.resolve(slug) is registry.import_target(entry.where)
     assert entry.command.startswith("nextscale ")
     assert entry.check
+    assert entry.licence and entry.authors
     for word in shlex.split(entry.check):
         path = word.partition("::")[0]
         if "/" in path:
             assert (CHECKOUT / path).is_file(), f"{slug}: its check names {path}, which is not there"
+
+
+def test_citation_has_what_is_known_and_only_that() -> None:
+    assert TABLE["var"].citation() == (
+        "@misc{var,\n"
+        "  title = {{Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction}},\n"
+        "  author = {Tian, Keyu and others},\n  year = {2024},\n  eprint = {2404.02905},\n"
+        "  archivePrefix = {arXiv},\n}"
+    )
+    assert "author" not in TABLE["vlae"].citation() and "year = {2016}" in TABLE["vlae"].citation()
+    assert TABLE["pixelbytes"].citation() == ""
 
 
 def test_table_names_no_place_on_a_machine() -> None:

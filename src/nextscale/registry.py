@@ -12,7 +12,7 @@ import importlib.resources
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -127,6 +127,7 @@ class SystemEntry:
         status: one of `STATUSES`: planned (not here yet), built (runs and is tested), shown (its published
             result was reproduced with a trained model).
         where: "module:name" of the code; command: what runs it; check: what proves it; "" while planned.
+        authors: of the paper, as BibTeX takes them; licence: of the published code, not of ours; "" while planned.
     """
 
     slug: str
@@ -138,9 +139,26 @@ class SystemEntry:
     where: str
     command: str
     check: str
+    authors: str = ""
+    licence: str = ""
+
+    def citation(self) -> str:
+        """A BibTeX entry of the paper, its year that of the arXiv number; "" where there is no number."""
+        if not self.paper:
+            return ""
+        values = {
+            "title": "{" + self.title.replace("^", r"\^{}") + "}",
+            "author": self.authors,
+            "year": f"20{self.paper[:2]}",
+            "eprint": self.paper,
+            "archivePrefix": "arXiv",
+        }
+        lines = "".join(f"  {name} = {{{value}}},\n" for name, value in values.items() if value)
+        return f"@misc{{{self.slug},\n{lines}}}"
 
 
 COLUMNS = tuple(field.name for field in fields(SystemEntry) if field.name != "slug")
+_OPTIONAL = {field.name for field in fields(SystemEntry) if field.default is not MISSING}
 
 
 def systems_path() -> Path:
@@ -171,8 +189,8 @@ def _entry(path: Path, slug: str, row: object) -> SystemEntry:
     columns = set(COLUMNS)
     if not isinstance(row, dict):
         raise DataError(f"{path}: '{slug}' must be a table [{slug}]")
-    if set(row) != columns:
-        missing, extra = sorted(columns - set(row)), sorted(set(row) - columns)
+    missing, extra = sorted(columns - _OPTIONAL - set(row)), sorted(set(row) - columns)
+    if missing or extra:
         problem = f"lacks {', '.join(missing)}" if missing else f"does not know {', '.join(extra)}"
         raise DataError(f"{path}: [{slug}] {problem}")
     if not all(isinstance(value, str) for value in row.values()):

@@ -164,7 +164,10 @@ def list_systems(
     name: Annotated[str | None, typer.Argument(help="Show one: its slug or published name.")] = None,
     status: Annotated[str | None, typer.Option("--status", help="Only those planned, built or shown.")] = None,
 ) -> None:
-    """List every published system that this library has or will have, by family and status, or show one.
+    """List every published system that this library has or will have, by family and status, or show one and how to
+    cite it.
+
+    The licence is that of the published code, not of this library.
 
     \b
     Examples:
@@ -176,10 +179,13 @@ def list_systems(
 
     if name is not None:
         entry = system_entry(name)
-        for title in ("slug", "name", "title", "paper", "family", "status", "where", "command", "check"):
+        for title in ("slug", "name", "title", "authors", "paper", "licence", "family", "status", "where", "command",
+                      "check"):
             value = getattr(entry, title)
             link = f" (https://arxiv.org/abs/{value})" if title == "paper" and value else ""
             typer.echo(f"{title:8s} {value or '-'}{link}")
+        if citation := entry.citation():
+            typer.echo(f"\n{citation}")
         return
     if status is not None and status not in STATUSES:
         raise InputError(f"--status {status!r} is unknown{did_you_mean(status, STATUSES)}; use {', '.join(STATUSES)}")
@@ -191,7 +197,8 @@ def list_systems(
         members.sort(key=lambda entry: -STATUSES.index(entry.status))
         typer.echo(f"\n{family} ({len(members)})")
         for entry in members:
-            typer.echo(f"  {entry.status:8s} {entry.slug:{width}s}  {entry.name}")
+            licence = f"; licence: {entry.licence}" if entry.licence else ""
+            typer.echo(f"  {entry.status:8s} {entry.slug:{width}s}  {entry.paper:10s}  {entry.name}{licence}")
     counts = ", ".join(f"{sum(entry.status == one for entry in entries)} {one}" for one in STATUSES)
     typer.echo(f"\n{len(entries)} systems: {counts}")
 
