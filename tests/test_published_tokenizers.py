@@ -70,7 +70,7 @@ def test_llamagen_s_tokenizer_gives_the_published_outputs() -> None:
     canvas = Canvas.empty(tokenizer.plan, tokenizer.quantiser, 2)
     canvas = pyramid.replay([recorded["image_tokens"].long().view(2, -1)], canvas).canvas
     picture = tokenizer.decoder(tokenizer.from_latent(canvas.value))
-    close(picture[:1], recorded["image_reconstruction"], 1e-3)
+    close(picture[:1, :, ::2, ::2], recorded["image_reconstruction"], 1e-3)
 
 
 def test_llamagen_s_three_latent_losses_are_the_published_ones() -> None:
@@ -121,8 +121,8 @@ def test_kl_16_gives_the_published_outputs() -> None:
     close(tokenizer.latent(recorded["image"]), 0.2325 * moments[:, :given["embed_dim"]], 1e-6)
     torch.testing.assert_close(gaussian.divergence(moments), recorded["vae_kl"][0], rtol=1e-4, atol=1e-4)
     unclamped = tokenizer.decoder(tokenizer.from_latent(tokenizer.quantiser.unscaled(drawn)))
-    close(unclamped, recorded["vae_decoded"], 1e-3)
-    close(tokenizer.decode(drawn), recorded["vae_decoded"].clamp(-1, 1), 1e-3)
+    close(unclamped[..., ::2, ::2], recorded["vae_decoded"], 1e-3)
+    close(tokenizer.decode(drawn)[..., ::2, ::2], recorded["vae_decoded"].clamp(-1, 1), 1e-3)
 
 
 @pytest.mark.parametrize("name, parameters", [
