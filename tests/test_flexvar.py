@@ -1,11 +1,13 @@
 """FlexVAR: any schedule from one set of weights, whole drafts, the published sampler's rules, training."""
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from published_shapes import on_meta, vq_16
 from tiny import emoji, fill, labels, tiny_var
 
 import nextscale
@@ -216,6 +218,20 @@ def test_published_sizes_have_the_published_parameters_and_names(name: str, mill
     folders.load_published(system, generator=published)
     with pytest.raises(WeightsError, match="pos_1LC"):
         folders.load_published(system, generator={**published, "pos_1LC": torch.empty(1, 680, width, device="meta")})
+
+
+def test_the_published_tensor_list_of_flexvae_loads_strictly() -> None:
+    with torch.device("meta"):
+        system = FlexVAR(preset_config("flexvar-d16"))
+    shapes = vq_16(32, 8912)
+    folders.load_published(system, on_meta(shapes))
+    listed = sum(math.prod(shape) for name, shape in shapes.items() if name != "quantize.codebook_used")
+    assert listed == sum(p.numel() for p in system.tokenizer.parameters()) == 72_049_827
+    for gone in ("encoder.conv_blocks.4.attn.1.k.weight", "decoder.conv_blocks.0.attn.2.q.bias", "quant_conv.weight"):
+        with pytest.raises(WeightsError, match="missing"):
+            folders.load_published(system, on_meta({name: s for name, s in shapes.items() if name != gone}))
+    with pytest.raises(WeightsError, match=r"quantize\.embedding\.weight \(8192, 32\)"):
+        folders.load_published(system, on_meta({**shapes, "quantize.embedding.weight": (8192, 32)}))
 
 
 def test_constructors_of_other_sizes_are_read() -> None:

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from published_shapes import Shapes, kl_16, on_meta, vq_16
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -133,6 +135,19 @@ def test_published_sizes_have_the_published_number_of_parameters(name: str, para
     with torch.device("meta"):
         tokenizer = Tokenizer(PUBLISHED[name])
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("llamagen-vq-16", vq_16(8, 16384)), ("kl-16", kl_16())], ids=["llamagen-vq-16", "kl-16"])
+def test_the_published_tensor_lists_load_strictly(name: str, shapes: Shapes) -> None:
+    with torch.device("meta"):
+        tokenizer = Tokenizer(PUBLISHED[name])
+    load_published(tokenizer, on_meta(shapes))
+    listed = sum(math.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used")
+    assert listed == sum(parameter.numel() for parameter in tokenizer.parameters())
+    for gone in [*shapes][::29]:
+        with pytest.raises(WeightsError, match="missing"):
+            load_published(tokenizer, on_meta({key: shape for key, shape in shapes.items() if key != gone}))
 
 
 def test_infinity_s_names_load_with_and_without_the_extra_wrapping() -> None:
