@@ -53,7 +53,7 @@ class PrefixSlices(Hook):
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Any) -> Tensor:
         assert k is not None and v is not None and rows.spans is not None
-        return torch.cat([attention(q[:, :, s.lo:s.hi], k[:, :, :s.hi], v[:, :, :s.hi], None, 1.0)
+        return torch.cat([attention(q[:, :, s.lo:s.hi], k[:, :, :s.hi], v[:, :, :s.hi], None, ctx.scale(address))
                           for s in rows.spans], 2)
 
 

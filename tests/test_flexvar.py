@@ -1,18 +1,21 @@
 """FlexVAR: any schedule from one set of weights, whole drafts, the published sampler's rules, training."""
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import emoji, fill, labels
+from published_shapes import on_meta, vq_16
+from tiny import emoji, fill, labels, tiny_var
 
 import nextscale
 from nextscale.cli import main
 from nextscale.errors import InputError, WeightsError
 from nextscale.evaluation.reconstruction import after_each_scale
 from nextscale.generators.flexvar import FlexVARGeneratorConfig
+from nextscale.layers.resize import resize
 from nextscale.run import At
 from nextscale.sampling.guidance import Unguided
 from nextscale.systems import folders
@@ -36,7 +39,7 @@ from nextscale.training.task import TrainingStep
 from nextscale.training.tokenizer import TokenizerRecipe, TokenizerTask
 
 SIDES = (1, 2, 3, 4)
-SCHEDULES = [SIDES, (1, 2, 4), (1, 3, 4, 6), ((1, 1), (2, 3), (4, 6)), ((1, 1), (5, 2))]
+SCHEDULES = [SIDES, (1, 2, 4), (1, 3, 4, 6), ((1, 1), (2, 3), (4, 6)), ((1, 1), (5, 2)), (4,), ((2, 3), (4, 4))]
 
 
 def grids(sides: tuple) -> list[tuple[int, int]]:
@@ -65,6 +68,11 @@ def test_one_set_of_weights_follows_any_schedule_and_one_call_equals_the_loop(si
     torch.testing.assert_close(scored.picture, drawn.log_prob, rtol=1e-4, atol=1e-3)
 
 
+def test_a_model_whose_own_schedule_starts_larger_may_start_at_one_cell() -> None:
+    drawn = tiny((2, 4)).generate([1], schedule=grids((1, 3)), output="torch", progress=False)
+    assert drawn.images.shape == (1, 3, 12, 12)
+
+
 def test_the_picture_hangs_on_the_last_scale_alone() -> None:
     system = tiny()
     tokens = system.encode(emoji(2))
@@ -72,6 +80,10 @@ def test_the_picture_hangs_on_the_last_scale_alone() -> None:
     assert torch.equal(system.decode([*others, tokens[-1]]), system.decode(tokens))
     small = system.decode(tokens[:2])
     assert small.shape == (2, 3, 8, 8), "every draft is a picture of its own size"
+    var = tiny_var()
+    tokens = var.encode(emoji(2))
+    others = [step.flip(1).add(1).remainder(32) for step in tokens[:-1]]
+    assert not torch.allclose(var.decode([*others, tokens[-1]]), var.decode(tokens), atol=0.01), "VAR's hangs on all"
 
 
 def test_scales_are_coded_independently_from_the_resized_latent() -> None:
@@ -80,6 +92,15 @@ def test_scales_are_coded_independently_from_the_resized_latent() -> None:
     for step, found in zip(system.plan, system.encode(emoji(2)), strict=True):
         small = torch.nn.functional.adaptive_avg_pool2d(latent, step.grid)
         assert torch.equal(found, system.tokenizer.quantiser.quantise(small))
+
+
+def test_pooling_features_before_their_projection_or_after_gives_the_same_latent() -> None:
+    tokenizer = tiny().tokenizer
+    features, latent = tokenizer.encoder(emoji(2)), tokenizer.latent(emoji(2))
+    for grid in [step.grid for step in tokenizer.plan][:-1]:
+        found = tokenizer.to_latent(resize(features, grid, "area"))
+        torch.testing.assert_close(found, resize(latent, grid, "area"), rtol=0, atol=1e-5)
+        assert not torch.allclose(found, resize(latent, grid, "bicubic"), atol=1e-3)
 
 
 def test_the_position_table_is_resized_by_area() -> None:
@@ -179,10 +200,9 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     system = tiny()
     with pytest.raises(InputError, match="beyond the position table's 8"):
         system.generate([1], schedule=grids((1, 9)))
-    with pytest.raises(InputError, match="starts with 1 cell"):
-        system.generate([1], schedule=grids((2, 4)))
-    with pytest.raises(InputError, match="by the schedule it was trained with"):
-        nextscale.load("var-d2-16px").generate([1], schedule=grids((1, 2, 4)))
+    for schedule in ((1, 2, 4), (4,)):
+        with pytest.raises(InputError, match="by the schedule it was trained with"):
+            nextscale.load("var-d2-16px").generate([1], schedule=grids(schedule))
     with pytest.raises(InputError, match="kind 'l2-vq', not 'vq'"):
         FlexVAR(FlexVARConfig(TokenizerConfig()))
 
@@ -212,6 +232,20 @@ def test_published_sizes_have_the_published_parameters_and_names(name: str, mill
     folders.load_published(system, generator=published)
     with pytest.raises(WeightsError, match="pos_1LC"):
         folders.load_published(system, generator={**published, "pos_1LC": torch.empty(1, 680, width, device="meta")})
+
+
+def test_the_published_tensor_list_of_flexvae_loads_strictly() -> None:
+    with torch.device("meta"):
+        system = FlexVAR(preset_config("flexvar-d16"))
+    shapes = vq_16(32, 8912)
+    folders.load_published(system, on_meta(shapes))
+    listed = sum(math.prod(shape) for name, shape in shapes.items() if name != "quantize.codebook_used")
+    assert listed == sum(p.numel() for p in system.tokenizer.parameters()) == 72_049_827
+    for gone in ("encoder.conv_blocks.4.attn.1.k.weight", "decoder.conv_blocks.0.attn.2.q.bias", "quant_conv.weight"):
+        with pytest.raises(WeightsError, match="missing"):
+            folders.load_published(system, on_meta({name: s for name, s in shapes.items() if name != gone}))
+    with pytest.raises(WeightsError, match=r"quantize\.embedding\.weight \(8192, 32\)"):
+        folders.load_published(system, on_meta({**shapes, "quantize.embedding.weight": (8192, 32)}))
 
 
 def test_constructors_of_other_sizes_are_read() -> None:

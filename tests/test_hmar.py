@@ -1,8 +1,11 @@
 """HMAR: a Markov view without memory, rounds of redrawing, the mask module's training, published names."""
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,16 +23,28 @@ from nextscale.heads.masked_rounds import InRounds, least
 from nextscale.layers.attention import attention
 from nextscale.noise import Keyed
 from nextscale.objectives.teacher_forcing import teacher_forcing_call
-from nextscale.plan import ALL_PREVIOUS, OWN_STEP
+from nextscale.plan import ALL_PREVIOUS, OWN_STEP, Plan, Visibility
 from nextscale.run import Sample
 from nextscale.sampling.editing import ForcedTokens
 from nextscale.sampling.guidance import Unguided
 from nextscale.sampling.score import hidden_states
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems import folders
-from nextscale.systems.hmar import HMAR, ROUNDS, HMARConfig, HMARSettings, check_rounds, preset_config, scale_weights
+from nextscale.systems.hmar import (
+    HMAR,
+    ROUNDS,
+    ROUNDS_TIMED,
+    HMARConfig,
+    HMARSettings,
+    check_rounds,
+    preset_config,
+    scale_weights,
+)
+from nextscale.systems.var import PLANS
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
+from nextscale.training.generator import GeneratorTask
+from nextscale.training.task import TrainingStep
 
 COUNTS = ((1,), (1, 3), (2, 3, 4), (16,))
 
@@ -68,17 +83,29 @@ def test_a_scale_knows_of_others_only_what_it_reads() -> None:
     assert torch.equal(before[:, same], after[:, same]) and not torch.allclose(before[:, span], after[:, span])
 
 
-def test_attention_step_by_step_is_masked_attention() -> None:
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "own_step_speed.py"
+    spec = importlib.util.spec_from_file_location("own_step_speed", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("visible", [OWN_STEP, ALL_PREVIOUS], ids=["own step", "all previous"])
+def test_attention_step_by_step_is_masked_attention(visible: Visibility, benchmark: ModuleType) -> None:
     system = tiny()
-    plan = system.plan
+    plan = replace(system.plan, visible=visible)
     rows = teacher_forcing_call(system.generator, plan, [None, *(torch.zeros(2, s.rows, 8) for s in plan.steps[1:])],
                                 system.labels(labels(2))).rows
     q, k, v = torch.randn(3, 2, 3, plan.length, 16)
-    mask = OWN_STEP.sees(plan.step_of_row[:, None], plan.step_of_row[None])[None, None]
-    found = Context().attend("a.kv", q, k, v, rows, scale=0.3)
+    mask = visible.sees(plan.step_of_row[:, None], plan.step_of_row[None])[None, None]
+    slices = () if visible == OWN_STEP else (benchmark.PrefixSlices(),)
+    found = Context(None, slices).attend("a.kv", q, k, v, rows, scale=0.3)
     torch.testing.assert_close(found, attention(q, k, v, mask, 0.3), rtol=1e-5, atol=1e-5)
-    dense = Context().attend("a.kv", q, k, v, replace(rows, visible=ALL_PREVIOUS), scale=0.3)
-    assert not torch.allclose(found, dense)
+    other = ALL_PREVIOUS if visible == OWN_STEP else OWN_STEP
+    assert not torch.allclose(found, Context().attend("a.kv", q, k, v, replace(rows, visible=other), scale=0.3))
 
 
 def test_single_rounds_are_the_next_scale_module_alone() -> None:
@@ -165,8 +192,38 @@ def test_scales_weigh_as_published() -> None:
     plan = preset_config("hmar-d16").tokenizer.plan
     published = [.0247, .0642, .1150, .1379, .1402, .1329, .1208, .1054, .0882, .0709]
     assert scale_weights(plan) == pytest.approx(published, abs=6e-5)
-    assert [sum(counts) for counts in ROUNDS[256]] == [step.rows for step in plan]
-    assert sum(len(counts) for counts in ROUNDS[256]) == 14
+
+
+@pytest.mark.parametrize(("pixels", "rounds", "evaluations"), [
+    (256, ROUNDS[256], 14), (256, ROUNDS_TIMED, 13), (512, ROUNDS[512], 15), (1024, ROUNDS[1024], 20)])
+def test_published_rounds_settle_every_token_of_their_schedule(pixels: int, rounds: tuple, evaluations: int) -> None:
+    assert sum(len(counts) for counts in check_rounds(rounds, Plan.scales(PLANS[pixels]))) == evaluations
+
+
+@pytest.mark.parametrize("part", ["next", "mask"])
+def test_step_weights_take_the_place_of_the_published_ones(part: str) -> None:
+    system = tiny()
+    system.train_part(part)
+    batch = {"tokens": torch.cat(system.encode(emoji(4)), 1), "labels": labels(4)}
+    torch.manual_seed(3)
+    share = float(torch.rand(())) if part == "mask" else 1.0
+    rows = [step.rows for step in system.plan]
+    counted = [math.ceil(share * n) if part == "next" or k else 0 for k, n in enumerate(rows)]
+    own = scale_weights(system.plan) if part == "next" else counted
+    for given, expected in ((None, own), ("equal", [c / n for c, n in zip(counted, rows, strict=True)]),
+                            ((0.0, 2.0, 0.0, 1.0), [0, 2 * counted[1], 0, counted[3]])):
+        torch.manual_seed(3)
+        task = GeneratorTask(system, 0.0, step_weights=given, compile="off")
+        loss, found = task.loss("main", batch, TrainingStep(0, 1, 0.0, 0, 0))
+        weighed = sum(w * float(found[f"nats_{k}"]) for k, w in enumerate(expected) if w)
+        assert float(loss.detach()) == pytest.approx(weighed / sum(expected), rel=1e-5)
+
+
+def test_a_mask_module_that_would_train_on_nothing_is_refused() -> None:
+    system = tiny()
+    system.train_part("mask")
+    with pytest.raises(InputError, match="trains on scales after the first"):
+        system.loss(system.encode(emoji(2)), labels(2), step_weights=(1.0, 0.0, 0.0, 0.0))
 
 
 def test_the_mask_module_alone_trains_from_the_next_scale_module_s_weights() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import test_infinity
 import torch
+from published_shapes import Shapes, kl_16, on_meta, vq_16
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -150,6 +152,19 @@ def test_infinity_s_tokenizers_load_by_name(name: str) -> None:
         del weights["decoder.conv_in.conv.weight"]
         with pytest.raises(WeightsError, match=r"missing: decoder\.input\.weight"):
             published_tokenizer(name, weights)
+
+
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("llamagen-vq-16", vq_16(8, 16384)), ("kl-16", kl_16())], ids=["llamagen-vq-16", "kl-16"])
+def test_the_published_tensor_lists_load_strictly(name: str, shapes: Shapes) -> None:
+    with torch.device("meta"):
+        tokenizer = Tokenizer(PUBLISHED[name])
+    load_published(tokenizer, on_meta(shapes))
+    listed = sum(math.prod(shape) for key, shape in shapes.items() if key != "quantize.codebook_used")
+    assert listed == sum(parameter.numel() for parameter in tokenizer.parameters())
+    for gone in [*shapes][::29]:
+        with pytest.raises(WeightsError, match="missing"):
+            load_published(tokenizer, on_meta({key: shape for key, shape in shapes.items() if key != gone}))
 
 
 def test_infinity_s_names_load_with_and_without_the_extra_wrapping() -> None:

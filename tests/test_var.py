@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from published_shapes import Shapes, conv, on_meta, vqgan
 from tiny import GRIDS, emoji, empty_canvas, labels, random_tokens, start, step_logits, tiny_var
 from torch import Tensor
 
@@ -174,53 +175,8 @@ def test_published_sizes_to_the_unit(name: str) -> None:
 
 # Published names: the tensor lists of the published files, written out from their description.
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def conv(name: str, out: int, inner: int, side: int = 3) -> Shapes:
-    return {f"{name}.weight": (out, inner, side, side), f"{name}.bias": (out,)}
-
-
-def norm(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def residual(name: str, inner: int, out: int) -> Shapes:
-    shapes = {**norm(f"{name}.norm1", inner), **conv(f"{name}.conv1", out, inner),
-              **norm(f"{name}.norm2", out), **conv(f"{name}.conv2", out, out)}
-    return {**shapes, **(conv(f"{name}.nin_shortcut", out, inner, 1) if inner != out else {})}
-
-
-def attention(name: str, width: int) -> Shapes:
-    return {**norm(f"{name}.norm", width), **conv(f"{name}.qkv", 3 * width, width, 1),
-            **conv(f"{name}.proj_out", width, width, 1)}
-
-
 def published_tokenizer(scales: int = 10) -> Shapes:
-    widths = (160, 160, 320, 320, 640)
-    shapes = {**conv("encoder.conv_in", 160, 3), **conv("decoder.conv_in", 640, 32)}
-    inner = 160
-    for level, width in enumerate(widths):
-        for i in range(2):
-            shapes |= residual(f"encoder.down.{level}.block.{i}", inner, width)
-            inner = width
-            if level == 4:
-                shapes |= attention(f"encoder.down.4.attn.{i}", 640)
-        if level < 4:
-            shapes |= conv(f"encoder.down.{level}.downsample.conv", width, width)
-    for level in (4, 3, 2, 1, 0):
-        for i in range(3):
-            shapes |= residual(f"decoder.up.{level}.block.{i}", inner, widths[level])
-            inner = widths[level]
-            if level == 4:
-                shapes |= attention(f"decoder.up.4.attn.{i}", 640)
-        if level > 0:
-            shapes |= conv(f"decoder.up.{level}.upsample.conv", inner, inner)
-    for side in ("encoder", "decoder"):
-        shapes |= {**residual(f"{side}.mid.block_1", 640, 640), **attention(f"{side}.mid.attn_1", 640),
-                   **residual(f"{side}.mid.block_2", 640, 640)}
-    shapes |= {**norm("encoder.norm_out", 640), **conv("encoder.conv_out", 32, 640), **norm("decoder.norm_out", 160),
-               **conv("decoder.conv_out", 3, 160), **conv("quant_conv", 32, 32), **conv("post_quant_conv", 32, 32)}
+    shapes = {**vqgan(160, 32, 32), **conv("quant_conv", 32, 32), **conv("post_quant_conv", 32, 32)}
     for i in range(4):
         shapes |= conv(f"quantize.quant_resi.qresi_ls.{i}", 32, 32)
     return {**shapes, "quantize.embedding.weight": (4096, 32), "quantize.ema_vocab_hit_SV": (scales, 4096)}
@@ -246,10 +202,6 @@ def published_transformer(depth: int, sides: tuple[int, ...], shared: bool = Fal
         shapes |= {f"{block}.ada_gss": (1, 1, 6, c)} if shared else {
             f"{block}.ada_lin.1.weight": (6 * c, c), f"{block}.ada_lin.1.bias": (6 * c,)}
     return shapes
-
-
-def on_meta(shapes: Shapes) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("name", ["var-d16", "var-d36-s"])

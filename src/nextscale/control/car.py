@@ -167,7 +167,7 @@ class TowerHook(ControlHook):
         layer = self.base.shared_modulation
         shared = None if layer is None else ctx.once(f"{self.base.name}.shared_modulation", lambda: layer(rows.cond))
         ctx.scratch["control.outputs"] = self.tower(
-            self.base.content(call.raw, rows.cond), self.bound(ctx).steps[first:last],
+            self.base.content(self.base.plan, call.raw, rows.cond), self.bound(ctx).steps[first:last],
             self.base.positions(self.base.plan, first, last), rows, ctx, shared, self.base.checkpointing)
         return call
 

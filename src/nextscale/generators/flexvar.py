@@ -20,7 +20,8 @@ class FlexVARGeneratorConfig(VARGeneratorConfig):
 
 
 class FlexVARGenerator(VARGenerator):
-    """No level embedding; a step's positions are the learned table (1, C, T, T), resized to its grid by area.
+    """No level embedding; a step's positions are the learned table (1, C, T, T), resized to its grid by area. The first
+    grid, of whatever size, has one learned start in all its cells.
 
     The table starts as channel 2i = sin(y w_i), channel 2i + 1 = cos(x w_i), w_i = 10000^(-2i / C).
     """
@@ -29,6 +30,7 @@ class FlexVARGenerator(VARGenerator):
 
     def add_positions(self) -> None:
         side = self.config.table
+        self.start = nn.Parameter(torch.zeros(1, 1, self.config.width))
         self.position = nn.Parameter(torch.zeros(1, self.config.width, side, side))
 
     def initialise_positions(self, std: float) -> None:
@@ -44,9 +46,6 @@ class FlexVARGenerator(VARGenerator):
         if largest > self.config.table:
             raise InputError(f"{self.name}: a grid of {largest} cells a side is beyond the position table's "
                              f"{self.config.table}; end the schedule there")
-        if plan.steps[0].rows != self.start.shape[1]:
-            raise InputError(f"{self.name}: a schedule starts with {self.start.shape[1]} cell(s), not "
-                             f"{plan.steps[0].rows}")
 
     def positions(self, plan: Plan, first: int, last: int) -> Tensor:
         table = self.position.float()

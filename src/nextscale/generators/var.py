@@ -188,22 +188,23 @@ class VARGenerator(nn.Module):
         found: Tensor = cond
         return found
 
-    def content(self, reads: Sequence[Tensor | None], cond: Any) -> Tensor:
-        """Rows (R, L, C) of some steps before they are told where they are: W read + b; the first step's rows, whose
-        input is None, are the condition plus a learned start."""
+    def content(self, plan: Plan, reads: Sequence[Tensor | None], cond: Any) -> Tensor:
+        """Rows (R, L, C) of some steps of a plan before they are told where they are: W read + b; the first step's
+        rows, whose input is None, are the condition plus a learned start."""
         dtype, copies, first_RC = self.word.weight.dtype, 1, self.vector(cond)
         known = [r for r in reads if r is not None]
         if known:
             copies = len(first_RC) // len(known[0])
         parts = [self.word(r.to(dtype)).repeat(copies, 1, 1) for r in known]
         if len(known) < len(reads):
-            parts.insert(0, first_RC[:, None] + self.start.to(dtype))
+            parts.insert(0, first_RC[:, None] + self.start.to(dtype).expand(-1, plan.steps[0].rows, -1))
         return torch.cat(parts, 1)
 
     def embed(self, plan: Plan, reads: Sequence[Tensor | None], cond: Any, first: int, last: int) -> Tensor:
         """Rows x (R, L, C) of the steps ``first..last`` of a plan from their inputs (B, L_k, latent_width): ``content``
         plus position and level."""
-        return self.content(reads[first:last], cond) + self.positions(plan, first, last).to(self.word.weight.dtype)
+        return self.content(plan, reads[first:last], cond) \
+            + self.positions(plan, first, last).to(self.word.weight.dtype)
 
     @property
     def remembered(self) -> tuple[str, ...]:

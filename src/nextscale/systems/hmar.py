@@ -32,12 +32,17 @@ from nextscale.sampling.generation import Settings
 from nextscale.sampling.guidance import Guidance
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems.class_conditional import ClassConditionalSystem, SystemConfig
+from nextscale.systems.var import PLANS
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.tokenizer import Tokenizer
 
-ROUNDS = {256: ((1,), (1, 3), (1, 1, 2, 5), (16,), (25,), (36,), (64,), (100,), (169,), (256,)),
-          512: ((1,), (1, 3), (1, 1, 2, 5), (5, 11), (36,), (81,), (169,), (324,), (576,), (1024,))}
+_FINE = tuple((side * side,) for side in PLANS[256][3:])
+ROUNDS = {256: ((1,), (1, 3), (1, 1, 2, 5), *_FINE),
+          512: ((1,), (1, 3), (1, 1, 2, 5), (5, 11), *((side * side,) for side in PLANS[512][4:])),
+          1024: ((1,), (1, 3), (1, 1, 2, 5), (3, 5, 8), *((side * side,) for side in PLANS[1024][4:]))}
 """Published schedules of rounds, by pixels: 14 network evaluations at 256."""
+ROUNDS_TIMED = ((1,), (1, 3), (1, 3, 5), *_FINE)
+"""The published one of speed measurements at 256 pixels: 13."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +128,35 @@ class HMAR(ClassConditionalSystem):
     def loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The cross-entropy of the part that is trained. The next-scale module's: every scale weighs as
-        ``scale_weights`` says, times step_weights. The mask module's: see ``mask_loss``."""
+        """The cross-entropy of the part that is trained. step_weights: of every scale's rows; None: ``row_weights``.
+        The mask module's: see ``mask_loss``."""
+        weights = self.row_weights(self.plan)[:len(tokens)] if step_weights is None else step_weights
         if self.part == "mask":
-            return self.mask_loss(tokens, labels_Bn, label_dropout, part_dropout, label_smoothing)
-        weights = [w / step.rows for w, step in zip(scale_weights(self.plan), self.plan, strict=True)][:len(tokens)]
-        if step_weights is not None:
-            weights = [w * s for w, s in zip(weights, step_weights, strict=True)]
+            return self.mask_loss(tokens, labels_Bn, label_dropout, part_dropout, weights, label_smoothing)
         return super().loss(tokens, labels_Bn, label_dropout, part_dropout, weights, label_smoothing)
 
+    def row_weights(self, plan: Plan) -> list[float]:
+        """As published: scales weigh as ``scale_weights`` says in the next-scale module's loss, masked rows alike in
+        the mask module's."""
+        if self.part == "mask":
+            return super().row_weights(plan)
+        return [weight / step.rows for weight, step in zip(scale_weights(plan), plan, strict=True)]
+
     def mask_loss(self, tokens: Sequence[Tensor], labels_Bn: Tensor, label_dropout: float = 0.1,
-                  part_dropout: float = 0.0, label_smoothing: float = 0.0,
+                  part_dropout: float = 0.0, step_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,
                   share: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of masked tokens given the scale's other ones: the mean over all, over each scale's, and the
-        share of right guesses at each scale; NaN for the first scale, which is left out.
+        """Cross-entropy of masked tokens given the scale's other ones: the mean over all, each weighed by its scale's
+        step_weights (None: alike), over each scale's, and the share of right guesses at each scale; NaN for the first
+        scale, which is left out. Raises InputError where all scales but the first weigh nothing.
 
         share: of every scale's tokens that are masked, rounded up, at the same places in all pictures; None draws one
         share for all scales evenly. Places and share are drawn with torch's generator.
         """
         plan, device = self.plan, labels_Bn.device
+        weights = [1.0] * len(tokens) if step_weights is None else list(step_weights)
+        if not any(weights[1:]):
+            raise InputError("the mask module trains on scales after the first; step_weights and prefix.first must "
+                             "leave it one")
         share = float(torch.rand(())) if share is None else share
         hidden = [torch.zeros(step.rows, dtype=torch.bool) for step in plan.steps[:len(tokens)]]
         for mask in hidden[1:]:
@@ -164,7 +179,8 @@ class HMAR(ClassConditionalSystem):
                                                    label_smoothing)
         by_step, right = (torch.stack([values[:, s.lo:s.hi][:, hidden_L[s.lo:s.hi]].mean()
                                        for s in plan.spans(0, len(plan))]) for values in (entropy_BL, right_BL))
-        return entropy_BL[:, hidden_L].mean(), by_step.detach(), right
+        weight_L = torch.tensor(weights, device=device)[plan.step_of_row.to(device)] * hidden_L
+        return (entropy_BL * weight_L).sum() / (len(labels_Bn) * weight_L.sum()), by_step.detach(), right
 
     def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         """Those of the next-scale module's training; none are told for the mask module's."""

@@ -568,6 +568,10 @@ class System(nn.Module):
             reads = pyramid.replay(tokens, canvas).reads
             return score(self, plan, tokens, reads, condition, guidance, guidance.branches, filters, hooks)
 
+    def row_weights(self, plan: Plan) -> list[float]:
+        """What a row of every step weighs in the loss where nothing else is asked for."""
+        return [1.0] * len(plan)
+
     def loss(self, tokens: Sequence[Tensor], rows: Any, label_dropout: float = 0.1,
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -36,11 +36,11 @@ class GeneratorTask:
 
     label_dropout: share of pictures trained without labels, part_dropout: share trained without each further kind;
     label_smoothing: share of the target spread over all codes; step_weights: of every scale's rows in the loss (None:
-    1; ``equal``: scales weigh alike, whatever their rows; ``root``: as the root of their rows, Infinity's rule);
-    validation: a batch to measure on at every sample sheet; sheet_labels and sheet_control: what the sample sheets
-    draw; prefix: when only the first scales are trained; checkpointing: keep blocks' inputs only and compute again in
-    the backward pass; compile: ``auto`` compiles the network on CUDA, ``on`` everywhere, ``off`` nowhere; backend: what
-    compiles it; plans: those of batches that have a schedule.
+    the system's own, ``row_weights``; ``equal``: scales weigh alike, whatever their rows; ``root``: as the root of
+    their rows, Infinity's rule); validation: a batch to measure on at every sample sheet; sheet_labels and
+    sheet_control: what the sample sheets draw; prefix: when only the first scales are trained; checkpointing: keep
+    blocks' inputs only and compute again in the backward pass; compile: ``auto`` compiles the network on CUDA, ``on``
+    everywhere, ``off`` nowhere; backend: what compiles it; plans: those of batches that have a schedule.
 
     Raises InputError where the step weights are not one a scale, of every plan, or all zero.
     """
@@ -120,7 +120,7 @@ class GeneratorTask:
         if isinstance(self.step_weights, str):
             power = {"equal": -1.0, "root": -0.5}[self.step_weights]
             return [step.rows**power for step in plan]
-        return list(self.step_weights or (1.0,) * len(plan))
+        return list(self.step_weights or self.system.row_weights(plan))
 
     def _figures(self, by_step_K: Tensor, right_K: Tensor | None, steps: Sequence[int], plan: Plan) -> Metrics:
         """Of every scale nats and accuracy where the system has a likelihood, else its loss; over all what there is to
