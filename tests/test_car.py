@@ -273,6 +273,21 @@ def test_published_sizes_have_the_published_parameters_and_names(name: str, mill
 
 # Training
 
+def test_a_picture_trained_without_its_control_is_the_base_s_beside_one_that_has_it() -> None:
+    system = tiny()
+    system.config = replace(system.config, control=replace(TOWER, drop=0.5))
+    seen = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        hook = system.train().dropping(system.attach(maps()))
+        found, plain, steered = (logits(system.eval(), hooks) for hooks in ([hook], [], [system.attach(maps())]))
+        for i, shown in enumerate(hook.shown.tolist()):
+            assert torch.equal(found[i], (steered if shown else plain)[i])
+            seen.add(shown)
+    assert seen == {True, False}
+    assert system.dropping(system.attach(maps())).shown is None, "only in training"
+
+
 def test_the_tower_alone_learns() -> None:
     torch.manual_seed(0)
     system = tiny()

@@ -12,17 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_task import draw_pictures
-from tiny import tiny_var
+from tiny import AUTOENCODER, GRIDS, fill, tiny_var
 
 from nextscale.cli.main import run
+from nextscale.control.car import TowerConfig
 from nextscale.data import open_dataset
+from nextscale.data.controls import make_controls
 from nextscale.errors import InputError
 from nextscale.evaluation import sets
 from nextscale.evaluation.blocks import Blocks, Shard
 from nextscale.evaluation.sets import match_labels
+from nextscale.generators.var import VARGeneratorConfig
 from nextscale.sampling.diversevar import DiverseVAR
 from nextscale.sampling.generation import Settings
 from nextscale.systems import folders
+from nextscale.systems.car import CAR, CARConfig
+from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.features import ClassifierConfig, PictureClassifier, save_classifier
 from nextscale.training.tokenizer_recipe import save_tokenizer
 
@@ -170,6 +175,43 @@ def test_a_hook_acts_on_the_samples_and_on_their_distance(place: Path, whole: di
     assert "Distance between pictures of one label" in (place / "whole" / "report.html").read_text()
     assert evaluate(place, place / "of-tokenizer", "--hook", "softcfg", model="tokenizer") == 2
     assert "draws nothing that a hook could act on" in capsys.readouterr().err
+
+
+def test_a_controlled_model_is_measured_by_the_maps_of_held_out_pictures(
+        place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    system = CAR(CARConfig(TokenizerConfig(AUTOENCODER, GRIDS, 32), VARGeneratorConfig(2, 48, 3), (3,), (CLASSES,),
+                           control=TowerConfig(("edges",), (8, 16, 32)))).eval()
+    fill(system)
+    folders.save(system, place / "car")
+    system = folders.load(place / "car")
+    few = ("--count", "6", "--likelihood", "4", "--reconstruction", "0", "--training", "0")
+    assert evaluate(place, place / "plain", *few, model="car") == 0
+    assert "car is measured without a map" in (said := capsys.readouterr().err) and "--control edges" in said
+    assert evaluate(place, place / "steered", *few, "--control", "edges", model="car") == 0
+    assert "without a map" not in capsys.readouterr().err
+    found, plain = figures(place / "steered"), figures(place / "plain")
+    assert "and its edges map" in found["likelihood"]["reference"]["condition"]
+    dataset = open_dataset(place / "pictures", 16, "train")
+    places = sets.places_to_draw(6, dataset, 0)
+    control = torch.from_numpy(make_controls(dataset.read(places.numpy())[0], ["edges"]))
+    drawn = load_file(next((place / "steered").glob("blocks/samples-*/0*")))
+    assert torch.equal(drawn["labels"], dataset.labels[places])
+    wanted = system.generate([tuple(row) for row in drawn["labels"].tolist()], seeds=list(range(6)), purpose="fid",
+                             control=control, output="torch", progress=False)
+    assert torch.equal(drawn["pictures"], sets.to_bytes(wanted.images))
+    scored = sets.of_dataset(dataset, 4)
+    spread = sets.places_of(dataset, 4)
+    maps = torch.from_numpy(make_controls(dataset.read(spread)[0], ["edges"]))
+    log_prob = system.log_prob(scored.read(range(4)), [tuple(row) for row in dataset.labels[spread].tolist()],
+                               control=maps).picture
+    assert found["likelihood"]["reference"]["nats_a_token"] == pytest.approx(-float(log_prob.mean()) / 30, rel=1e-4)
+    assert found["likelihood"]["reference"]["nats_a_token"] != plain["likelihood"]["reference"]["nats_a_token"]
+    for model, more, message in (("car", ("--control", "canny"), "car takes edges"),
+                                 ("model", ("--control", "edges"), "model takes none"),
+                                 ("car", ("--control", "edges", "--labels", "even"), "labels are 'even'")):
+        assert evaluate(place, place / "refused", *more, model=model) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_tokenizer_alone(place: Path) -> None:

@@ -1,21 +1,25 @@
 """SCALAR: what a frozen encoder sees of a map is added at every block; kinds of maps aligned, mixed; edge agreement."""
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import AUTOENCODER, CLASSES, GRIDS, emoji, fill, labels
 from torch import Tensor, nn
 
 import nextscale
 from nextscale.canvas import Canvas
-from nextscale.cli import main
+from nextscale.cli import controls, main
 from nextscale.conditions.class_label import ClassCondition
 from nextscale.control.encoders import Dinov2Features, open_encoder
-from nextscale.control.scalar import EncodingConfig, alignment_loss, pick
+from nextscale.control.scalar import EncodingConfig, EncodingHook, alignment_loss, pick
+from nextscale.data.controls import make_controls
 from nextscale.errors import InputError, MissingExtraError, WeightsError
 from nextscale.evaluation.controls import edge_agreement
 from nextscale.generators.var import VARGeneratorConfig
@@ -172,6 +176,28 @@ def test_branches_without_control_are_the_base_s() -> None:
     assert not torch.allclose(both[:2], both[2:], atol=0.1)
 
 
+def test_adding_a_control_and_taking_it_off_again_is_the_identity() -> None:
+    system = tiny()
+    hook, opposite = system.attach(maps()), copy.deepcopy(system.control)
+    with torch.no_grad():
+        for parameter in opposite.parameters():
+            parameter.neg_()
+    plain = logits(system, [])
+    assert not torch.allclose(logits(system, [hook]), plain, atol=0.1)
+    back = EncodingHook(opposite, system.generator.name, hook.maps)
+    torch.testing.assert_close(logits(system, [hook, back]), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_editing_under_a_control_keeps_what_is_known() -> None:
+    system, redraw = tiny(), torch.zeros(2, 16, 16, dtype=torch.bool)
+    redraw[:, :, 8:] = True
+    edited, plain = (system.edit(emoji(2), redraw, [1, 2], output="torch", progress=False, **given).tokens[-1]
+                     for given in ({"control": maps()}, {}))
+    known = torch.tensor([True, True, False, False] * 4)
+    assert torch.equal(edited[:, known], system.encode(emoji(2))[-1][:, known])
+    assert not torch.equal(edited, plain)
+
+
 def test_a_run_gathered_in_mid_plan_takes_its_features_along() -> None:
     system, given, order = tiny(), maps(3), [2, 0, 1]
     start = system.start(labels(3), GUIDED, Keyed.from_seeds([1, 2, 3]))
@@ -205,7 +231,8 @@ def test_mixtures_are_convex_and_may_hang_on_the_place() -> None:
     with pytest.raises(InputError, match="more than 0 everywhere"):
         encoding.mixed(two, {"edges": left})
     for wrong, message in (({"edges": 2.0, "smal": 1.0}, "one of 'smal', but maps are of edges, small"),
-                           ({"edges": 2.0, "small": -1.0}, "negative"), ({"edges": torch.ones(2)}, "got shape")):
+                           ({"edges": 2.0, "small": -1.0}, "negative, got -1"), ({"edges": float("nan")}, "finite"),
+                           ({"edges": torch.ones(2)}, r"got \(2,\)")):
         with pytest.raises(InputError, match=message):
             encoding.mixed(two, wrong)
     with pytest.raises(InputError, match="takes controls of edges, small"):
@@ -262,6 +289,28 @@ def test_the_backbone_trains_where_it_is_not_frozen() -> None:
     system.loss(system.encode(emoji(2)), labels(2), 0.0, control=maps())[0].backward()
     names = [name for name, p in system.named_parameters() if not name.startswith("tokenizer.")]
     assert all(dict(system.named_parameters())[name].grad is not None for name in names)
+
+
+@pytest.mark.parametrize("of", [{}, {"kinds": ("edges", "small")}], ids=["one kind", "uni"])
+def test_pictures_trained_without_their_control_are_the_base_s(of: dict) -> None:
+    system, tokens = tiny(drop=0.5, **of), [step.repeat(8, 1) for step in tiny().encode(emoji(1))]
+    control = torch.cat([maps(8, seed, planes) for seed, planes in ((1, 1), (2, 3), (3, 3))][:3 if of else 1], 1)
+    seen: list[Tensor] = []
+    system.head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+
+    def hidden(training: bool, given: Tensor | None) -> Tensor:
+        seen.clear()
+        system.control.train(training)
+        torch.manual_seed(3)
+        system.loss(tokens, labels(1).repeat(8, 1), 0.0, control=given)
+        return torch.cat([one.flatten(1) for one in seen], 1)
+
+    plain, all_shown, dropped = hidden(False, None), hidden(False, control), hidden(True, control)
+    without = (dropped == plain).all(1)
+    assert 0 < without.sum() < 8 and not (all_shown == plain).all(1).any()
+    assert hidden(True, control).equal(dropped), "drawn by the training's generator"
+    with pytest.raises(InputError, match="drop is 1"):
+        EncodingConfig(drop=1.0)
 
 
 # Encoders
@@ -334,6 +383,53 @@ def test_the_command_line_trains_uni_on_a_trained_var(tmp_path: Path, monkeypatc
                      "tuned", *small]) == 0
     assert (tmp_path / "tuned" / "samples" / "control.png").is_file()
     assert torch.equal(nextscale.load("tuned/model").control.whitening.matrix, system.control.whitening.matrix)
+
+
+def test_the_command_line_mixes_kinds_and_sends_each_through_its_own_alignment(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders.save(tiny(kinds=("edges", "lines"), align="kind"), tmp_path / "uni")
+    system = nextscale.load("uni")
+    a, b = maps(1, 1, 3), torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    for name, one in (("a.png", a), ("b=.png", b)):
+        Image.fromarray(one[0].permute(1, 2, 0).numpy()).save(name)
+
+    def steered(*given: str, made: tuple[str, ...] = ()) -> Tensor:
+        asked = controls.maps(controls.read(list(given), list(made), "uni", None), system)
+        return system.attach(asked["control"], **asked.get("control_options", {})).maps
+
+    mixed = system.control.mixed
+    assert torch.equal(steered("lines=a.png"), mixed({"lines": a}))
+    lines = torch.from_numpy(make_controls(a.numpy(), ["lines"]))
+    assert torch.equal(steered("a.png", made=("lines",)), mixed({"lines": lines}))
+    assert not torch.allclose(mixed({"lines": lines}), mixed({"edges": lines}), atol=1e-3)
+    assert torch.equal(steered("edges=b=.png", "lines=a.png:3", made=("lines",)),
+                       mixed({"edges": b, "lines": lines}, {"edges": 1.0, "lines": 3.0}))
+    draws = {}
+    for out, more in (("one", ["--control", "edges=a.png"]), ("two", ["--control", "edges=a.png:3", "--control",
+                                                                      "lines=b=.png"])):
+        assert main.run(["generate", "--model", "uni", "--label", "1", "--out", f"{out}.npz", *more]) == 0
+        assert main.run(["edit", "--model", "uni", "--label", "1", "--out", f"{out}-edit.png", "--picture", "a.png",
+                         "--box", "0,0,8,8", *more]) == 0
+        draws[out] = [np.load(f"{out}.npz")["arr_0"][0], np.asarray(Image.open(f"{out}-edit.png"))]
+    assert not any(np.array_equal(x, y) for x, y in zip(*draws.values(), strict=True))
+    drawn = system.generate([1], control={"edges": a, "lines": b}, progress=False,
+                            control_options={"weights": {"edges": 3.0, "lines": 1.0}})
+    assert np.array_equal(draws["two"][0], np.asarray(drawn.images[0]))
+    capsys.readouterr()
+    for wrong, message in ((["a.png"], "takes edges, lines; say which, as in edges=a.png"),
+                           (["canny=a.png"], "'canny': this model takes edges, lines"),
+                           (["edges=a.png:much", "lines=a.png"], "weight 'much' is no number"),
+                           (["edges=a.png:-1", "lines=a.png"], "not negative, got -1"),
+                           (["edges=a.png:1"], "for a mix"), (["edges=a.png", "a.png"], "must say its kind"),
+                           (["edges=a.png", "edges=b=.png"], "edges is given twice"),
+                           (["edges=no.png:1", "lines=a.png"], "no.png")):
+        command = ["generate", "--model", "uni", "--label", "1", "--out", "c.png"]
+        assert main.run([*command, *(part for one in wrong for part in ("--control", one))]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert main.run([*command, "--control", "edges=a.png", "--control-kind", "lines"]) == 2
+    assert "no --control lines=FILE" in capsys.readouterr().err
 
 
 def test_edge_agreement_counts_hits_with_and_without_slack() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextscale.cli import options, prompted
+from nextscale.cli import controls, options, prompted
 from nextscale.errors import InputError
 from nextscale.registry import DEFAULT_MODEL
 
@@ -67,8 +67,8 @@ def edit(
     hook: options.Hooks = None,
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
-    control: options.Control = None,
-    control_kind: options.ControlKind = None,
+    control: options.Controls = None,
+    control_kind: options.ControlKinds = None,
     threads: options.Threads = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
@@ -109,9 +109,9 @@ def edit(
     hooks = options.make_hooks(hook)
     image = open_image(picture)
     region = _region(image, mask, box)
-    options.check_control(control, control_kind, model, control_weights)
+    given_maps = controls.read(control, control_kind, model, control_weights)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
-    steered = options.read_control(control, control_kind, system)
+    steered = controls.maps(given_maps, system)
     if prompted.check(system, model, label, bool(prompt or negative or ratio)):
         what: Any = system.prompts(prompt, negative, count)
     else:
@@ -151,8 +151,7 @@ def edit(
     region_given = {"box": box, "mask": mask and mask.name, "outpaint": outpaint, "keep_scales": keep_scales}
     settings: dict[str, Any] = {"edited": picture.name, **region_given, "paste": paste, "rule": rule.value}
     settings |= {"precision": precision.value, **asdict(drawn.settings), **({"hooks": hook} if hook else {})}
-    if control is not None:
-        settings |= {"control": control.name, "control_kind": control_kind}
+    settings |= controls.told(given_maps)
     if negative:
         settings |= {"negatives": [negative] * count}
     about = options.provenance(model, settings, drawn.labels, drawn.seeds)

@@ -82,6 +82,11 @@ def evaluate(
             show_default="emoji-text-judge, where it is there",
         ),
     ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option("--control", help="Steer a car or scalar model by maps of this kind of the held-out pictures, "
+                     "each with its own label.", show_default="no map"),
+    ] = None,
     likelihood: Annotated[int, typer.Option("--likelihood", min=0, help="Pictures to score; 0 for none.")] = 400,
     reconstruction: Annotated[
         int, typer.Option("--reconstruction", min=0, help="Pictures to send through the tokenizer; 0 for none.")
@@ -160,8 +165,12 @@ def evaluate(
         elif reference is not None:
             asked = Prompts.of_dataset(reference)
         judge = open_judge(text_judge, part.index == 0)
-    wanted = Wanted(count, seed, source, likelihood, reconstruction, training, purpose.value, sampling, batch_size)
+    wanted = Wanted(count, seed, source, likelihood, reconstruction, training, purpose.value, sampling, batch_size,
+                    control)
     place = subject.system.device if subject.system is not None else None
+    if subject.kinds and control is None and part.index == 0:
+        typer.echo(f"{model} is measured without a map, which is not what it was trained for; --control "
+                   f"{subject.kinds[0]} steers it by the held-out pictures' own", err=True)
     evaluation = Evaluation(
         subject, out, [e if place is None else e.to(place) for e in extractors], wanted, reference, known, files, hooks,
         asked, judge if place is None else to_device(judge, place),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextscale.cli import options, prompted
+from nextscale.cli import controls, options, prompted
 from nextscale.errors import InputError
 from nextscale.registry import DEFAULT_MODEL
 
@@ -92,8 +92,8 @@ def generate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
     memory_limit: options.MemoryLimit = None,
     schedule: options.Grids = None,
-    control: options.Control = None,
-    control_kind: options.ControlKind = None,
+    control: options.Controls = None,
+    control_kind: options.ControlKinds = None,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
     control_weights: options.ControlWeights = None,
@@ -122,7 +122,7 @@ def generate(
     pictures_out.check_writable(out, folder=kind == "folder")
     limit = options.read_size(memory_limit, "--memory-limit")
     given_seeds = None if seeds is None else options.read_numbers(seeds, "--seeds")
-    options.check_control(control, control_kind, model, control_weights)
+    given_maps = controls.read(control, control_kind, model, control_weights)
     if sum(given is not None for given in (ratio, size, schedule)) > 1:
         raise InputError("--ratio, --size and --schedule each say which scales; give one")
     if benchmark is not None:
@@ -132,7 +132,7 @@ def generate(
         layout, of_benchmark = prompted.read_benchmark(benchmark, prompts, out, model, count)
     system = options.open_model(model, precision, device, weights, tokenizer_weights, control_weights, drafter_weights)
     hooks = options.make_hooks(hook)
-    steered = options.read_control(control, control_kind, system)
+    steered = controls.maps(given_maps, system)
     grids = None if schedule is None else parse_grids(schedule)
     if size is not None:
         grids = system.schedule_for(options.read_pixels(size, "--size"))
@@ -176,10 +176,9 @@ def generate(
 
     def about(drawn: Generation, labels: list[Any], seeds: list[int], negatives: list[str]) -> dict[str, Any]:
         settings = {"purpose": purpose.value, "precision": precision.value, **asdict(drawn.settings)}
+        settings |= controls.told(given_maps)
         if hook:
             settings |= {"hooks": hook}
-        if control is not None:
-            settings |= {"control": control.name, "control_kind": control_kind}
         if any(negatives):
             settings |= {"negatives": negatives}
         return options.provenance(model, settings, labels, seeds)

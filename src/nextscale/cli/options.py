@@ -149,13 +149,15 @@ TokenizerWeights = Annotated[
 ControlWeights = Annotated[
     str | None, typer.Option("--control-weights", help="The published control of a published car size.")
 ]
-Control = Annotated[
-    Path | None, typer.Option("--control", help="A control map that says where things are, for car and scalar.")
+Controls = Annotated[
+    list[str] | None,
+    typer.Option("--control", help="A map that says where things are, for car and scalar. To mix several kinds: "
+                 "KIND=FILE or KIND=FILE:WEIGHT, repeated.", show_default=False),
 ]
-ControlKind = Annotated[
-    str | None,
-    typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, depth:FOLDER, ...",
-                 show_default="it is a map"),
+ControlKinds = Annotated[
+    list[str] | None,
+    typer.Option("--control-kind", help="Make the map of the --control picture: canny, edges, depth:FOLDER, ... In a "
+                 "mix it may be repeated.", show_default="it is a map"),
 ]
 DrafterWeights = Annotated[
     str | None, typer.Option("--drafter-weights", help="The published drafter of a published code pair.")
@@ -274,48 +276,6 @@ def read_label(text: str, system: Any) -> Any:
     found = tuple(None if part in ("", "none") else part for part in map(str.strip, parts))
     system.label_rows([found])
     return found
-
-
-def check_control(path: Path | None, kind: str | None, model: str, weights: str | None) -> None:
-    """Before a model is opened.
-
-    Raises:
-        InputError: a kind without a picture.
-        WeightsError: a published size without its control's weights.
-    """
-    if path is None and kind is not None:
-        raise InputError("--control-kind was given without --control; name a picture")
-    if path is not None and needs_weights(model) and weights is None:
-        raise WeightsError(
-            f"{model} comes without weights of its control; give --control-weights, or a folder as --model"
-        )
-
-
-def read_control(path: Path | None, kind: str | None, system: Any) -> dict[str, Any]:
-    """What ``generate`` and ``edit`` take of a control: the map in a file, or what ``kind`` makes of the picture in
-    it, fitted to the model's size; nothing where there is no file.
-
-    Raises:
-        InputError: the model takes none, the file is no picture, or the kind is unknown or not the model's.
-    """
-    if path is None:
-        return {}
-    import numpy as np
-    import torch
-
-    from nextscale.data.controls import make_controls
-    from nextscale.data.images import open_image
-
-    config = getattr(system.config, "control", None)
-    if config is None:
-        raise InputError(f"--control: no picture steers a {system.config.slug}; use a car or scalar model")
-    image = fit_picture(open_image(path), str(path), system.tokenizer.picture_size, True)
-    pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)[None]
-    if kind is None:
-        return {"control": torch.from_numpy(pixels.copy())}
-    if kind not in config.kinds:
-        raise InputError(f"--control-kind {kind}: this model takes {', '.join(config.kinds)}")
-    return {"control": torch.from_numpy(make_controls(pixels, [kind]))}
 
 
 def read_size(text: str | None, name: str) -> int | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.context import Context, Function
-from nextscale.control.maps import ControlHook, layer_of, where_acts
+from nextscale.control.maps import ControlConfig, ControlHook, layer_of
 from nextscale.errors import InputError
 from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig
 from nextscale.layers.linear import Linear
@@ -30,24 +30,19 @@ from nextscale.run import Call, Rows
 
 
 @dataclass(frozen=True)
-class TowerConfig:
-    """kinds: the kind of control map that the tower is trained with, one; widths: channels of the map's encoder, whose
+class TowerConfig(ControlConfig):
+    """kinds: of control maps, one; drop: see ``ControlConfig``; widths: channels of the map's encoder, whose
     side halves between two of them, so that a scale of p cells a side looks at 2^(len(widths) - 1) p pixels."""
 
-    kinds: tuple[str, ...] = ("canny",)
     widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.kinds) != 1:
             raise InputError(f"control kinds are {', '.join(self.kinds) or 'none'}; a tower is trained with one kind, "
                              "as in control.kinds=[\"canny\"]")
         if not self.widths or min(self.widths) < 1:
             raise InputError(f"control widths are {self.widths}; give at least one, all above 0")
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        """Kinds of maps that training wants beside the tokens."""
-        return self.kinds
 
 
 class MapEncoder(nn.Module):
@@ -178,4 +173,4 @@ class TowerHook(ControlHook):
         residual = ctx.scratch["control.outputs"][2 * half - 1 - layer]
         if residual.shape[1] != x.shape[1]:
             raise InputError("control tower: rows were selected before it; put the hook that does so before it")
-        return inner(where_acts(self.bound(ctx), ctx, self.tower.joins[layer - half](x, residual), x), rows)
+        return inner(self.where_acts(ctx, self.tower.joins[layer - half](x, residual), x), rows)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,24 @@ UNCONTROLLED = "/uncontrolled"
 """Ends the names of branches that the control does not act on, as in ``unconditional/uncontrolled``."""
 
 
+@dataclass(frozen=True)
+class ControlConfig:
+    """kinds: of control maps that it is trained with; drop: share of the pictures that training shows without theirs,
+    for guidance by the control (``control_scale``) of a backbone that is trained along."""
+
+    kinds: tuple[str, ...] = ("canny",)
+    drop: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise InputError(f"control drop is {self.drop}; it must lie in [0, 1)")
+
+    @property
+    def cached(self) -> tuple[str, ...]:
+        """Kinds of maps that training wants beside the tokens."""
+        return self.kinds
+
+
 class Features(NamedTuple):
     """What a control makes of its maps: by step, (R, L_k, width) each, and where it acts, (R, 1, 1) bool."""
 
@@ -26,7 +45,10 @@ class ControlHook(Hook):
     """A control bound to maps of the pictures of a run (B, ...); a gathered run carries its own.
 
     name: what the run's memory keeps its features under; encode: from maps to features by step, (B, L_k, width).
+    shown, set in training: (B,) bool, False for pictures that the control does not act on; None: it does on all.
     """
+
+    shown: Tensor | None = None
 
     def __init__(self, name: str, maps: Tensor, encode: Callable[[Tensor], Sequence[Tensor]]):
         self.name, self.maps, self.encode = name, maps, encode
@@ -51,19 +73,21 @@ class ControlHook(Hook):
         is nothing that a compiler can improve."""
         found = tuple(one.repeat(len(branches), 1, 1) for one in self.encode(maps))
         acts = torch.tensor([not name.endswith(UNCONTROLLED) for name in branches], device=maps.device)
-        return Features(found, acts.repeat_interleave(len(maps))[:, None, None])
+        acts = acts.repeat_interleave(len(maps))
+        if self.shown is not None:
+            acts &= self.shown.repeat(len(branches))
+        return Features(found, acts[:, None, None])
 
     def bound(self, ctx: Context) -> Features:
         """The features of the call under way."""
         features: Features = ctx.scratch[self.name]
         return features
 
-
-def where_acts(features: Features, ctx: Context, changed: Tensor, x: Tensor) -> Tensor:
-    """``changed`` in the rows that the control acts on, x in the others."""
-    if not any(name.endswith(UNCONTROLLED) for name in ctx.branches):
-        return changed
-    return torch.where(features.acts, changed, x)
+    def where_acts(self, ctx: Context, changed: Tensor, x: Tensor) -> Tensor:
+        """``changed`` in the rows that the control acts on, x in the others."""
+        if self.shown is None and not any(name.endswith(UNCONTROLLED) for name in ctx.branches):
+            return changed
+        return torch.where(self.bound(ctx).acts, changed, x)
 
 
 def layer_of(address: str, name: str) -> int | None:

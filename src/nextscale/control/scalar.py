@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nextscale.context import Context, Function
 from nextscale.control.encoders import fitted, open_encoder
-from nextscale.control.maps import ControlHook, layer_of, where_acts
+from nextscale.control.maps import ControlConfig, ControlHook, layer_of
 from nextscale.errors import InputError
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.plan import Plan
@@ -27,16 +27,15 @@ from nextscale.run import Rows
 
 
 @dataclass(frozen=True)
-class EncodingConfig:
-    """kinds: of control maps, several make SCALAR-Uni; encoder: see ``control.encoders``; feature_width: channels that
-    it gives. share_over: what projections are shared over (``none``: one a scale and block). inject: blocks that get
-    the control, ``all``, ``first-half``, ``every-n`` or ``input``. freeze_backbone: train the projections alone.
-    start: of the projections, ``zero`` (then the model begins as its base) or ``normal``. align: ``shared``, or one
-    linear layer a ``kind``; align_weight: of the alignment in SCALAR-Uni's loss. whiten: features are centred and
-    decorrelated by what they are on training maps, measured when training begins; projections learn several times
-    faster of an encoder whose features are all alike large and positive."""
+class EncodingConfig(ControlConfig):
+    """kinds: of control maps, several make SCALAR-Uni; drop: see ``ControlConfig``; encoder: see ``control.encoders``;
+    feature_width: channels that it gives. share_over: what projections are shared over (``none``: one a scale and
+    block). inject: blocks that get the control, ``all``, ``first-half``, ``every-n`` or ``input``. freeze_backbone:
+    train the projections alone. start: of the projections, ``zero`` (then the model begins as its base) or ``normal``.
+    align: ``shared``, or one linear layer a ``kind``; align_weight: of the alignment in SCALAR-Uni's loss. whiten:
+    features are centred and decorrelated by what they are on training maps, measured when training begins; projections
+    learn several times faster of an encoder whose features are all alike large and positive."""
 
-    kinds: tuple[str, ...] = ("canny",)
     encoder: str = "dinov2:facebook/dinov2-small"
     feature_width: int = 1536
     share_over: Literal["none", "layers", "scales", "both"] = "none"
@@ -48,6 +47,7 @@ class EncodingConfig:
     whiten: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise InputError(f"control kinds are {', '.join(self.kinds) or 'none'}; give at least one, each once")
         if self.feature_width < 1 or self.align_weight < 0:
@@ -184,9 +184,9 @@ class ControlEncoding(nn.Module):
             number = torch.full((len(given),), self.config.kinds.index(kind), device=given.device)
             parts.append(self.aligned(self.look(given), number))
             share = torch.as_tensor((weights or {}).get(kind, 1.0 if not weights else 0.0), dtype=torch.float32)
-            if share.ndim not in (0, 3) or bool((share < 0).any()):
-                raise InputError(f"control weights of {kind!r}: give a number or masks (1, h, w) that aren't negative, "
-                                 f"got shape {tuple(share.shape)}")
+            if share.ndim not in (0, 3) or not bool(((share >= 0) & share.isfinite()).all()):
+                raise InputError(f"control weights of {kind!r}: give a number or masks (1, h, w), finite and not "
+                                 f"negative, got {float(share) if share.ndim == 0 else tuple(share.shape)}")
             share = share.to(given.device)
             h, w = parts[-1].shape[2:]
             shares.append(fitted(share[:, None], (h, w)) if share.ndim == 3 else share)
@@ -219,7 +219,7 @@ class EncodingHook(ControlHook):
         layer = layer_of(address, self.base)
         if layer is None or layer not in self.encoding.layers:
             return inner(x, rows)
-        return inner(where_acts(self.bound(ctx), ctx, x + self.added(ctx, layer, rows).to(x.dtype), x), rows)
+        return inner(self.where_acts(ctx, x + self.added(ctx, layer, rows).to(x.dtype), x), rows)
 
     def added(self, ctx: Context, layer: int, rows: Rows) -> Tensor:
         """C_l of a call's rows, (R, L, C); the same in every branch, so computed for one."""

@@ -49,7 +49,8 @@ SHOWN_COPIES, NEAREST_SHOWN = 16, 3
 class Wanted:
     """What to evaluate: ``count`` pictures drawn with seeds ``seed``, ``seed + 1``, ...; ``labels`` from ``data``,
     ``even`` or ``none``; ``likelihood`` and ``reconstruction`` held-out pictures scored and sent through the tokenizer
-    (0 for none); at most ``training`` training pictures looked at; purpose and settings of sampling."""
+    (0 for none); at most ``training`` training pictures looked at; purpose and settings of sampling. control: the kind
+    of a system's control maps, then those of the reference's pictures steer, each beside its own label."""
 
     count: int = 1000
     seed: int = 0
@@ -60,6 +61,7 @@ class Wanted:
     purpose: str = "pictures"
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
+    control: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("count", "likelihood", "reconstruction", "training"):
@@ -67,6 +69,9 @@ class Wanted:
                 raise InputError(f"{name} is {getattr(self, name)}, it must not be negative")
         if self.labels not in ("data", "even", "none"):
             raise InputError(f"labels are {self.labels!r}; use data, even or none")
+        if self.control is not None and self.labels != "data":
+            raise InputError(f"labels are {self.labels!r}, but a control map is a held-out picture's, beside its own "
+                             "label; use --data and labels of the data")
 
 
 class Evaluation:
@@ -100,6 +105,8 @@ class Evaluation:
             if dataset is not None and tuple(dataset.size) != tuple(subject.size):
                 raise InputError(f"{dataset.source.name} was opened at {dataset.size}, "
                                  f"{subject.name} has {subject.size}")
+        if wanted.control is not None and wanted.control not in subject.kinds:
+            raise InputError(f"control {wanted.control!r}: {subject.name} takes {', '.join(subject.kinds) or 'none'}")
         self.seconds: dict[str, float] = {}
 
     # What is computed in blocks
@@ -139,8 +146,17 @@ class Evaluation:
         if self.prompts is not None:
             rule["prompts"] = self.prompts.digest
             labels_of = partial(self.prompts.labels, self.subject.system)
+        if self.wanted.control is not None:
+            rule["control"] = self.wanted.control
         return sets.sample_blocks(self.out, self.subject, self.labels_Nn, rule, self.wanted.seed, self.wanted.purpose,
-                                  self.wanted.settings, self.wanted.batch_size, self.hooks, labels_of)
+                                  self.wanted.settings, self.wanted.batch_size, self.hooks, labels_of, self._steered)
+
+    def _steered(self, block: range) -> Mapping[str, Any]:
+        """The maps of the pictures whose labels some samples are drawn with."""
+        if self.wanted.control is None or self.reference is None:
+            return {}
+        places = sets.places_to_draw(self.wanted.count, self.reference, self.wanted.seed)
+        return sets.maps_of(self.reference, places[block.start:block.stop], self.wanted.control)
 
     @cached_property
     def scored(self) -> dict[str, tuple[Blocks, Make, str]]:
@@ -150,7 +166,7 @@ class Evaluation:
         for name, dataset in (("reference", self.reference), ("training", self.training)):
             if dataset is not None:
                 found[name] = likelihood_blocks(self.out, self.subject, sets.of_dataset(dataset, limit), dataset, limit,
-                                                self.wanted.batch_size)
+                                                self.wanted.batch_size, self.wanted.control)
         return found
 
     @cached_property

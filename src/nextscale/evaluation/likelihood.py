@@ -11,12 +11,13 @@ from torch import Tensor
 from nextscale.data import PictureDataset
 from nextscale.data.captions import captions_fingerprint
 from nextscale.evaluation.blocks import Blocks
-from nextscale.evaluation.sets import Pictures, Subject, match_labels
+from nextscale.evaluation.sets import Pictures, Subject, maps_of, match_labels
 
 
 def likelihood_blocks(out: Any, subject: Subject, pictures: Pictures, dataset: PictureDataset, limit: int | None,
-                      batch_size: int) -> tuple[Blocks, Callable[[range], Any], str]:
-    """Log-probability (n, K) of the tokens of pictures at every step, given their labels.
+                      batch_size: int, control: str | None = None) -> tuple[Blocks, Callable[[range], Any], str]:
+    """Log-probability (n, K) of the tokens of pictures at every step, given their labels, and their own maps of the
+    kind ``control``.
 
     pictures: ``sets.of_dataset(dataset, limit)``. Where the data's classes aren't the model's, pictures are scored
     without a label, and where text steers and they have no caption, without a prompt; the third result says which.
@@ -25,6 +26,7 @@ def likelihood_blocks(out: Any, subject: Subject, pictures: Pictures, dataset: P
     places = torch.arange(len(dataset)) if limit is None or limit >= len(dataset) else \
         torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).round().long()
     how = "no label" if known is None else f"the picture's label (matched by {known.how})"
+    how += f" and its {control} map" if control else ""
     request = {"of": dict(pictures.request), "model": subject.fingerprint, "condition": how,
                **subject.system.scored_with()}
     captions: list[str | None] = []
@@ -46,7 +48,8 @@ def likelihood_blocks(out: Any, subject: Subject, pictures: Pictures, dataset: P
                 labels = [tuple(row) for row in rows.tolist()]
             else:
                 labels = [None] * len(part)
-            found.append(subject.system.log_prob(pictures.read(part), labels).step.float().cpu())
+            steered = maps_of(dataset, places[part.start:part.stop], control)
+            found.append(subject.system.log_prob(pictures.read(part), labels, **steered).step.float().cpu())
         return {"step": torch.cat(found)}
 
     return Blocks(out, "likelihood", request, pictures.total), make, how

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nextscale.context import Hook
 from nextscale.data import PictureDataset
+from nextscale.data.controls import make_controls
 from nextscale.errors import InputError
 from nextscale.evaluation.blocks import Blocks
 from nextscale.evaluation.features import Extractor
@@ -55,6 +56,11 @@ class Subject:
     def takes_prompts(self) -> bool:
         """Whether text says what its pictures are of: then it has no classes."""
         return hasattr(self.system, "prompts")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of control maps that it may be steered by."""
+        return getattr(getattr(getattr(self.system, "config", None), "control", None), "kinds", ())
 
     def labels(self, rows_Bn: Tensor) -> Any:
         """Rows of label indices as ``generate`` takes them, where it has classes."""
@@ -223,8 +229,21 @@ def labels_to_draw(source: str, count: int, subject: Subject, dataset: PictureDa
     if known is None:
         raise InputError(f"{dataset.source.name}: its classes ({_sizes(dataset.class_names)}) are not the model's "
                          f"({subject.classes}); use --labels even")
+    return known.rows(dataset.labels[places_to_draw(count, dataset, seed)])
+
+
+def places_to_draw(count: int, dataset: PictureDataset, seed: int) -> Tensor:
+    """Which of the data set's pictures a drawn one is like, (count,): all of them in turn, shuffled by the seed."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return known.rows(dataset.labels[order[number % len(dataset)]])
+    return order[torch.arange(count) % len(dataset)]
+
+
+def maps_of(dataset: PictureDataset, places_N: Tensor, kind: str | None) -> dict[str, Any]:
+    """What ``generate`` and ``log_prob`` take of some pictures' own control maps; nothing without a kind."""
+    if kind is None:
+        return {}
+    pixels, _ = dataset.read(places_N.numpy())
+    return {"control": {kind: torch.from_numpy(make_controls(pixels, [kind]))}}
 
 
 def _sizes(names: Sequence[Sequence[str]]) -> str:
@@ -233,9 +252,12 @@ def _sizes(names: Sequence[Sequence[str]]) -> str:
 
 def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[str, Any], seed: int, purpose: str,
                   settings: Mapping[str, Any], batch_size: int, hooks: Sequence[Hook] = (),
-                  labels_of: Callable[[Tensor], Any] | None = None) -> tuple[Blocks, Callable[[range], Any]]:
+                  labels_of: Callable[[Tensor], Any] | None = None,
+                  steered: Callable[[range], Mapping[str, Any]] = lambda block: {},
+                  ) -> tuple[Blocks, Callable[[range], Any]]:
     """Pictures that a system draws: picture i has seed ``seed + i`` and the i-th label, which came about by ``rule``.
-    labels_of: rows as the system takes them, by default those of classes.
+    labels_of: rows as the system takes them, by default those of classes; steered: what else ``generate`` takes for
+    some of the pictures, which ``rule`` names, too.
 
     The count is no part of the request: asking for more goes on with what is there.
     """
@@ -247,7 +269,8 @@ def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[s
         rows_Bn = labels_Nn[block.start:block.stop]
         labels = (labels_of or subject.labels)(rows_Bn)
         drawn = subject.system.generate(labels, seeds=[seed + i for i in block], purpose=purpose, output="torch",
-                                        batch_size=batch_size, progress=False, hooks=hooks, **settings)
+                                        batch_size=batch_size, progress=False, hooks=hooks, **settings,
+                                        **steered(block))
         found = {"pictures": to_bytes(drawn.images), "labels": rows_Bn}
         return found if drawn.log_prob is None else {**found, "log_prob": drawn.log_prob.float().cpu()}
 

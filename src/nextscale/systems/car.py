@@ -6,7 +6,7 @@ trained. Without a map it is VAR.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,8 +50,13 @@ class CAR(ControlledSystem):
         for frozen in (self.generator, self.head, self.labels):
             frozen.requires_grad_(False)
 
-    def attach(self, maps: Maps, *, count: int | None = None) -> TowerHook:  # type: ignore[override]
-        """The tower as a hook, for maps of ``count`` pictures."""
+    def attach(self, maps: Maps | Mapping[str, Maps], *, count: int | None = None) -> TowerHook:  # type: ignore[override]
+        """The tower as a hook, for maps of ``count`` pictures; they may be given by their kind."""
+        if isinstance(maps, Mapping):
+            (kind,) = self.config.control.kinds
+            if tuple(maps) != (kind,):
+                raise InputError(f"the model takes a control of {kind}, not of {', '.join(maps) or 'nothing'}")
+            maps = maps[kind]
         return TowerHook(self.control, self.generator, self.maps_of(maps, count).to(self.device))
 
     def control_names(self) -> NameMap:

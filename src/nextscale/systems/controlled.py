@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nextscale.context import Hook
-from nextscale.control.maps import UNCONTROLLED
+from nextscale.control.maps import UNCONTROLLED, ControlHook
 from nextscale.errors import InputError, did_you_mean
 from nextscale.hub import NameMap
+from nextscale.parallel import rand_pictures
 from nextscale.plan import Plan
 from nextscale.sampling.generation import Generation, Preview, Settings
 from nextscale.sampling.guidance import Guidance, Nested, make_guidance
@@ -58,8 +59,8 @@ class ControlledSystem(VAR):
     starts_from = ("var",)
     control: nn.Module
 
-    def attach(self, maps: Any, **options: Any) -> Hook:
-        """The control as a hook on the network, for maps that ``maps_of`` gave."""
+    def attach(self, maps: Any, **options: Any) -> ControlHook:
+        """The control as a hook on the network, for maps of the one kind of the model's, or maps by kind."""
         raise NotImplementedError
 
     def look_at(self, maps: Tensor) -> None:
@@ -142,8 +143,15 @@ class ControlledSystem(VAR):
              part_dropout: float = 0.0, step_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,
              control: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See ``ClassConditionalSystem.loss``. control: maps (B, P, H, W) of ``config.control.cached``; None: VAR's."""
-        hooks = [] if control is None else [self.attach(control, count=len(labels_Bn))]
+        hooks = [] if control is None else [self.dropping(self.attach(control, count=len(labels_Bn)))]
         return self.hooked_loss(tokens, labels_Bn, hooks, label_dropout, part_dropout, step_weights, label_smoothing)
+
+    def dropping(self, hook: ControlHook) -> ControlHook:
+        """In training the hook, without effect on ``config.control.drop`` of the pictures; they learn as VAR's do."""
+        drop = self.config.control.drop
+        if drop and (self.control.training or self.generator.training):  # either may be frozen
+            hook.shown = rand_pictures(len(hook.maps), device=hook.maps.device) >= drop
+        return hook
 
     def products(self, pictures: int, plan: Plan | None = None) -> list[tuple[int, int, int, int, int, float]]:
         return []  # VAR's are not all that is computed, and most of the weights have no gradients

@@ -80,8 +80,8 @@ class SCALAR(ControlledSystem):
             kind_B = (rand_pictures(pictures, device=control.device) * len(kinds)).long()
         shown = pick(control[:, :-3], [control_of(kind).planes for kind in kinds], kind_B)
         aligned = self.control.aligned(self.control.look(shown), kind_B)
-        loss, by_step, right = self.hooked_loss(tokens, labels_Bn, [self._hook(aligned)], label_dropout, part_dropout,
-                                                step_weights, label_smoothing)
+        loss, by_step, right = self.hooked_loss(tokens, labels_Bn, [self.dropping(self._hook(aligned))], label_dropout,
+                                                part_dropout, step_weights, label_smoothing)
         distance = alignment_loss(aligned, self.control.look(control[:, -3:]))
         return loss + self.config.control.align_weight * distance, by_step, right
 
