@@ -68,7 +68,7 @@ def test_schedules_of_a_size_start_with_one_cell_and_end_with_the_size(system: F
 
 
 @pytest.mark.parametrize("request_", [Request(0, size=(15, 8)), Request(0, size=(0, 16)), Request(77),
-                                      Request(0, schedule=((2, 2), (4, 4))), Request(0, size=(4096, 16))], ids=str)
+                                      Request(0, schedule=((1, 1), (99, 99))), Request(0, size=(4096, 16))], ids=str)
 def test_a_request_that_cannot_be_drawn_stops_all_before_they_begin(system: FlexVAR, request_: Request) -> None:
     class Never(Hook):
         def inputs(self, run: Any, call: Any) -> Any:
