@@ -8,6 +8,7 @@ have a Mamba-2 layer more, so it has more parameters at the same depth.
 
     python benchmarks/own_step_speed.py                                   # 256 pixels' schedule, width 256, depth 4
     python benchmarks/own_step_speed.py --side 512 --pictures 1 --repeats 5
+    python benchmarks/own_step_speed.py --attention --side 512 --pictures 1  # attention alone, forward and backward
     python benchmarks/own_step_speed.py --pairs                           # visible pairs by schedule; measures nothing
 
 Weights and tokens are random; nothing is read or downloaded. On CUDA, M-VAR uses the kernel of mamba_ssm where that is
@@ -19,7 +20,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +103,30 @@ def contestants(side: int, depth: int, width: int, pictures: int, device: torch.
     return {name: Trained(system, pictures, device, dtype, hooks) for name, (system, hooks) in systems.items()}
 
 
-def measure(steps: dict[str, Trained], repeats: int, clock: str, device: torch.device) -> dict[str, list[float]]:
+def attentions(side: int, width: int, pictures: int, device: torch.device, dtype: torch.dtype
+               ) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a layer's attention alone: VAR's in both ways, and within scales."""
+    plan, heads = Plan.scales(PLANS[side]), max(1, width // 64)
+    q, k, v = (torch.randn(pictures, heads, plan.length, 64, device=device, dtype=dtype, requires_grad=True)
+               for _ in range(3))
+    mask, spans = plan.mask().to(device), plan.spans(0, len(plan))
+
+    def sliced(first: Callable[[Any], int]) -> Callable[[], Tensor]:
+        return lambda: torch.cat([attention(q[:, :, s.lo:s.hi], k[:, :, first(s):s.hi], v[:, :, first(s):s.hi], None,
+                                            0.125) for s in spans], 2)
+
+    forms: dict[str, Callable[[], Tensor]] = {
+        BASE: lambda: attention(q, k, v, mask, 0.125), "VAR, by prefix slices": sliced(lambda s: 0),
+        "HMAR, SRDD: own scale": sliced(lambda s: s.lo)}
+
+    def both_ways(form: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: form().sum().backward()
+
+    return {name: both_ways(form) for name, form in forms.items()}
+
+
+def measure(steps: Mapping[str, Callable[[], None]], repeats: int, clock: str, device: torch.device
+            ) -> dict[str, list[float]]:
     """Seconds of every step in every turn."""
     now = (lambda: time.process_time() / torch.get_num_threads()) if clock == "cpu" else time.perf_counter
 
@@ -132,21 +156,26 @@ def pairs_table() -> str:
     return "\n".join(lines)
 
 
+def ratios_of(seconds: dict[str, list[float]], name: str) -> str:
+    """Median seconds of a contestant and how often it fits into the base's, with the span over turns."""
+    ratios = [b / t for b, t in zip(seconds[BASE], seconds[name], strict=True)]
+    return (f"{statistics.median(seconds[name]):10.3f}{statistics.median(ratios):9.2f}x  "
+            f"{min(ratios):.2f} - {max(ratios):.2f}")
+
+
 def report(steps: dict[str, Trained], seconds: dict[str, list[float]], pictures: int) -> str:
-    base = seconds[BASE]
     lines = [f"{'step':24s}{'parameters':>12s}{'GFLOP':>8s}{'seconds':>10s}{'VAR / it':>10s}  from - to"]
     for name, step in steps.items():
         products = [MatrixProduct(*p) for p in step.system.products(pictures)]
-        ratios = [b / t for b, t in zip(base, seconds[name], strict=True)]
         lines.append(f"{name:24s}{sum(p.numel() for p in step.parameters) / 1e6:10.2f} M"
-                     f"{training_flops(products) / 1e9:8.1f}{statistics.median(seconds[name]):10.3f}"
-                     f"{statistics.median(ratios):9.2f}x  {min(ratios):.2f} - {max(ratios):.2f}")
+                     f"{training_flops(products) / 1e9:8.1f}{ratios_of(seconds, name)}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", action="store_true", help="print visible pairs by schedule and stop")
+    parser.add_argument("--attention", action="store_true", help="of one layer, forward and backward, and nothing else")
     parser.add_argument("--side", type=int, default=256, choices=sorted(PLANS), help="pixels: which schedule")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
@@ -164,7 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.width % 64:
             raise InputError(f"width is {options.width}; it must be a multiple of 64, the width of a head")
-        steps = contestants(options.side, options.depth, options.width, max(1, options.pictures), device, dtype)
+        pictures = max(1, options.pictures)
+        steps: Mapping[str, Any] = (
+            attentions(options.side, options.width, pictures, device, dtype) if options.attention else
+            contestants(options.side, options.depth, options.width, pictures, device, dtype))
         seconds = measure(steps, max(1, options.repeats), options.clock, device)
     except NextscaleError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -172,7 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.side} px, depth {options.depth}, width {options.width}, {options.pictures} pictures, "
           f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{options.clock} clock, {options.repeats} turns\n")
-    print(report(steps, seconds, options.pictures))
+    if options.attention:
+        print("\n".join(f"{name:24s}{ratios_of(seconds, name)}" for name in seconds))
+    else:
+        print(report(dict(steps), seconds, options.pictures))
     return 0
 
 
