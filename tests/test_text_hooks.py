@@ -82,3 +82,10 @@ def test_a_hook_changes_what_a_text_system_draws_and_nothing_at_its_neutral_sett
         assert ours.dtype == torch.bool or 0 <= int(ours.min()) <= int(ours.max()) < 32
     assert found.images.shape == without.images.shape and bool(found.log_prob.isfinite().all())
     assert same(draw(system, shape, neutral), without)
+
+
+@pytest.mark.parametrize("calibration", [scalekv.Calibration(share=0.3, window=2), litevar.Calibration(
+    budget=0.4, share_budget=0.9, reaches=(0.1, 0.25), dense=1)], ids=lambda one: type(one).__module__)
+def test_a_calibration_measures_at_the_schedule_that_it_is_given(calibration: Any) -> None:
+    found = calibration.run(system_of("infinity", "wide"), PROMPTS, schedule=list(WIDE))
+    assert [tuple(grid) for grid in found["grids"]] == [tuple(grid) for grid in WIDE]

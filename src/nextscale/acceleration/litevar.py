@@ -311,12 +311,13 @@ class _Logits(Hook):
         return logits
 
 
-def output_error(system: Any, tokens: Sequence[Tensor], labels: Any, hooks: Sequence[Hook], guidance: Any) -> float:
+def output_error(system: Any, tokens: Sequence[Tensor], labels: Any, hooks: Sequence[Hook], guidance: Any,
+                 schedule: Any = None) -> float:
     """How far hooks take the guided logits of given tokens from those without: |l' - l| / |l|, l centred."""
     found = []
     for used in ((), hooks):
         keeps = _Logits()
-        system.log_prob(tokens, labels, guidance, hooks=[*used, keeps])
+        system.log_prob(tokens, labels, guidance, schedule=schedule, hooks=[*used, keeps])
         logits = torch.cat(keeps.found, 1)
         found.append(logits - logits.mean(-1, keepdim=True))
     return float((found[1] - found[0]).norm() / found[0].norm())
@@ -345,7 +346,7 @@ class Calibration:
         """What ``LiteVAR(calibration=...)`` reads. Raises InputError for models that remember no keys."""
         statistics = {"window": window_errors(self.reaches, self.dense), "share": sharing_error}
         means = measure(system, statistics, labels, count, **options)
-        blocks, grids = len(system.generator.remembered), system.plan.grids
+        blocks, grids = len(system.generator.remembered), system.plan_of(options.get("schedule")).grids
         error_LKN = grid_of(means["window"], blocks, len(grids)).sqrt()
         covered = window_of(grids, (0.0,) * len(grids), self.dense).covers
         windows = [[1.0 if covered[k] else self._smallest(errors) for k, errors in enumerate(layer)]
@@ -367,6 +368,7 @@ class Calibration:
         share: tuple[int, ...] = ()
         for block in order:
             tried = LiteVAR(share=(*share, block))
-            if output_error(system, drawn.tokens, drawn.labels, [tried], guidance) <= self.share_budget:
+            if output_error(system, drawn.tokens, drawn.labels, [tried], guidance,
+                            options.get("schedule")) <= self.share_budget:
                 share = tried.share
         return sorted(share)

@@ -169,7 +169,7 @@ class Calibration:
     def run(self, system: Any, labels: Any = None, count: int | None = None, **options: Any) -> dict[str, Any]:
         """The budgets as JSON, and the selectivities (layers, steps) and drafters, [step, layer] each, behind them."""
         check_share(self.share, 1, "scalekv")
-        plan, layers = system.plan, len(system.generator.remembered)
+        plan, layers = system.plan_of(options.get("schedule")), len(system.generator.remembered)
         uniform = uniform_rows(plan, self.share)
         if uniform <= self.window:
             raise InputError(f"scalekv: a share of {self.share} is {uniform} rows, which leaves none beside the window "
