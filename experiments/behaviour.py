@@ -8,7 +8,7 @@
   their class (chance: 10%).
 - iterations: Fréchet distance to the test pictures of MAR and Hi-MAR drawn in fewer and more iterations, of Hi-MAR also
   with learned tokens in the place of pivots; few pictures, so the distances are larger than elsewhere.
-- temperature: how far apart MAR's samples of one class are, by temperature.
+- temperature: how far apart MAR's samples of one class are, by temperature, and those of its head of means.
 
 ``--only`` chooses some of them.
 """
@@ -112,11 +112,13 @@ def iterations(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
 
 
 def temperature(runs: Path, count: int) -> dict[str, Any]:
-    mar, found = nextscale.load(str(runs / "mar" / "model")), {}
-    for value in (0.8, 0.9, 1.0):
-        pictures = mar.generate([3] * count, temperature=value, batch_size=count, output="torch").images
-        found[str(value)] = float(pictures.std(0).mean()) * 127.5
-        print(f"temperature {value}: standard deviation of a pixel {found[str(value)]:.1f} of 255", flush=True)
+    found = {}
+    for name, values in {"mar": (0.8, 0.9, 1.0), "mar-l2": (1.0,)}.items():
+        system = nextscale.load(str(runs / name / "model"))
+        for value in values:
+            pictures = system.generate([3] * count, temperature=value, batch_size=count, output="torch").images
+            found[f"{name} {value}"] = apart = float(pictures.std(0).mean()) * 127.5
+            print(f"{name}, temperature {value}: standard deviation of a pixel {apart:.1f} of 255", flush=True)
     return found
 
 
