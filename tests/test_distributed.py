@@ -185,6 +185,17 @@ def test_draws_of_pictures_do_not_hang_on_how_the_batch_is_divided() -> None:
     assert parallel.rand_pictures(4).shape == (4,)
 
 
+def test_a_process_of_a_job_leaves_without_taking_python_down() -> None:
+    script = ("import atexit; from nextscale import parallel; atexit.register(print, 'late'); "
+              "print('said', end=''); parallel.leave(3)")  # fmt: skip
+    job = {**environment(), "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=job, timeout=300)
+    assert (done.returncode, done.stdout) == (3, "said")
+    with pytest.raises(SystemExit) as ended:
+        parallel.leave(3)
+    assert ended.value.code == 3
+
+
 def test_only_generators_are_sharded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nextscale.training import distributed
 

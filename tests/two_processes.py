@@ -159,3 +159,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with parallel.processes():
         main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parallel.leave(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -98,7 +99,12 @@ def _fail(message: str) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    code = run()
+    if "RANK" in os.environ:
+        from nextscale import parallel  # loads torch, which a command outside a job may do without
+
+        parallel.leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
