@@ -8,6 +8,7 @@
   their class (chance: 10%).
 - iterations: Fréchet distance to the test pictures of MAR and Hi-MAR drawn in fewer and more iterations, of Hi-MAR also
   with learned tokens in the place of pivots; few pictures, so the distances are larger than elsewhere.
+- scales: Fréchet distance of FlowAR's samples as they are after every scale, enlarged.
 - temperature: how far apart MAR's samples of one class are, by temperature, and those of its head of means.
 
 ``--only`` chooses some of them.
@@ -43,16 +44,24 @@ class Judged:
                             for at in range(0, len(data), 500)])
         self.pictures, self.labels = pixels[:count].float() / 127.5 - 1, data.labels[:count, 0]
         self.extractor = open_extractor(f"resnet20:{judge}")
-        features = [self.extractor(part.float() / 127.5 - 1).features_BD for part in pixels.split(500)]
-        self.reference = Statistics.of(torch.cat(features), self.extractor.name)
+        self.reference = self.statistics(pixels.float() / 127.5 - 1)
 
     def right(self, pictures: Tensor) -> float:
         logits = torch.cat([self.extractor(part).logits[0] for part in pictures.split(500)])
         return float((logits.argmax(1) == self.labels[:len(pictures)]).float().mean())
 
-    def distance(self, pictures: Tensor) -> float:
+    def agreement(self, pictures: Tensor, labels: list[int]) -> float:
+        """How often the judge finds the class that was asked for."""
+        logits = torch.cat([self.extractor(part).logits[0] for part in pictures.split(500)])
+        return float((logits.argmax(1) == torch.tensor(labels)).float().mean())
+
+    def statistics(self, pictures: Tensor) -> Statistics:
         features = torch.cat([self.extractor(part).features_BD for part in pictures.split(500)])
-        return frechet_distance(Statistics.of(features, self.extractor.name), self.reference)
+        return Statistics.of(features, self.extractor.name)
+
+    def distance(self, pictures: Tensor, reference: Statistics | None = None) -> float:
+        """Fréchet distance to all test pictures, or to others."""
+        return frechet_distance(self.statistics(pictures), reference or self.reference)
 
 
 def nats(runs: Path) -> dict[str, Any]:
@@ -111,6 +120,18 @@ def iterations(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
     return found
 
 
+def scales(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
+    system = nextscale.load(str(runs / "flowar" / "model"))
+    shown: dict[str, list[Tensor]] = {}
+    for at in range(0, count, 100):
+        labels = [i % 10 for i in range(at, min(at + 100, count))]
+        for preview in system.stream(labels, seed=at, output="torch"):
+            shown.setdefault("x".join(map(str, system.plan[preview.step].grid)), []).append(preview.images)
+    found = {grid: judged.distance(torch.cat(parts)) for grid, parts in shown.items()}
+    print(" ".join(f"{grid}: {distance:.1f}" for grid, distance in found.items()), flush=True)
+    return found
+
+
 def temperature(runs: Path, count: int) -> dict[str, Any]:
     found = {}
     for name, values in {"mar": (0.8, 0.9, 1.0), "mar-l2": (1.0,)}.items():
@@ -130,12 +151,13 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="safetensors of the ResNet-20")
     parser.add_argument("--count", type=int, default=300, help="samples a line")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=["nats", "prefixes", "iterations", "temperature"])
+    parser.add_argument("--only", nargs="+", choices=["nats", "prefixes", "iterations", "scales", "temperature"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     judged, runs = Judged(given.test, given.judge, 1000), given.side_by_side
     for name, measure in {"nats": lambda: nats(runs), "prefixes": lambda: prefixes(runs, judged),
                           "iterations": lambda: iterations(runs, judged, given.count),
+                          "scales": lambda: scales(runs, judged, given.count),
                           "temperature": lambda: temperature(runs, min(given.count, 64))}.items():
         if given.only is None or name in given.only:
             print(f"-- {name}", flush=True)

@@ -13,7 +13,7 @@ spread is the noise, and no ranking is made inside it. What is done is skipped, 
 All generators get the same time of one core: training steps of all that are asked for are timed turn by turn in one
 process (``steps.json``), and each trains as many as fit into ``--minutes``. So nothing else that the machine does while
 they train gives one of them more steps than another; only the timing wants a core of its own. ``--prepare`` stops
-after it.
+after it. ``--steps`` gives all the same number of steps instead, whatever they cost.
 """
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ ARMS: dict[str, Arm] = {
     **{f"var-{seed}": Arm("var", "residual", BODY, GUIDED, seed=seed) for seed in range(3)},
     "hmar": Arm("hmar", "residual", {**BODY, "depth": 4, "mask_blocks": 1}, GUIDED),
     "srdd": Arm("srdd", "residual", BODY, GUIDED),
+    "srdd-window-1": Arm("srdd", "residual", {**BODY, "window": 1}, GUIDED),
     "m-var": Arm("m_var", "residual", {**BODY, "depth": 3, "width": 192, "heads": 3}, GUIDED),
+    "var-deeper": Arm("var", "residual", {**BODY, "depth": 5}, GUIDED),
     "nfig": Arm("nfig", "bands", BODY, GUIDED),
     "flexvar": Arm("flexvar", "drafts", BODY, GUIDED),
     "flowar": Arm("flowar", "vectors", {"depth": [2, 2], "width": 144, "heads": 4, "flow": {
@@ -199,6 +201,8 @@ def train_step(task: GeneratorTask, optimiser: torch.optim.Optimizer, batch: dic
 
 def steps_of(arms: dict[str, Arm], given: argparse.Namespace) -> dict[str, int]:
     """How many steps each arm trains: what fits into the minutes, timed where it isn't written down yet."""
+    if given.steps:
+        return dict.fromkeys(arms, given.steps)
     path: Path = given.out / "steps.json"
     found = hub.read_json(path) if path.is_file() else {}
     if found.setdefault("minutes", given.minutes) != given.minutes:
@@ -318,6 +322,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="tokenizers, tokens and timing, no arm")
     parser.add_argument("--only", nargs="+", help="these arms alone")
     parser.add_argument("--minutes", type=float, default=10.0, help="of every generator's training")
+    parser.add_argument("--steps", type=int, default=0, help="of every generator's training, in the place of --minutes")
     parser.add_argument("--tokenizer-minutes", type=float, default=8.0)
     parser.add_argument("--pictures", type=int, default=25_000, help="the first of the data, to train on")
     parser.add_argument("--batch-size", type=int, default=32)

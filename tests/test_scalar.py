@@ -17,6 +17,7 @@ import nextscale
 from nextscale.canvas import Canvas
 from nextscale.cli import controls, main
 from nextscale.conditions.class_label import ClassCondition
+from nextscale.configuration import build
 from nextscale.control.encoders import Dinov2Features, open_encoder
 from nextscale.control.scalar import EncodingConfig, EncodingHook, alignment_loss, pick
 from nextscale.data.controls import make_controls
@@ -291,6 +292,17 @@ def test_the_backbone_trains_where_it_is_not_frozen() -> None:
     assert all(dict(system.named_parameters())[name].grad is not None for name in names)
 
 
+def test_half_of_the_backbone_may_stay_frozen() -> None:
+    system = tiny(freeze_backbone="first-half")
+    system.loss(system.encode(emoji(2)), labels(2), 0.0, control=maps())[0].backward()
+    depth = system.config.generator.depth
+    late = tuple(f"generator.blocks.{layer}." for layer in range(depth // 2, depth))
+    for name, parameter in system.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(("control.", "head.", *late)), name
+    with pytest.raises(InputError, match="first-half"):
+        build(EncodingConfig, {"freeze_backbone": "second-half"}, "control")
+
+
 @pytest.mark.parametrize("of", [{}, {"kinds": ("edges", "small")}], ids=["one kind", "uni"])
 def test_pictures_trained_without_their_control_are_the_base_s(of: dict) -> None:
     system, tokens = tiny(drop=0.5, **of), [step.repeat(8, 1) for step in tiny().encode(emoji(1))]
@@ -374,6 +386,10 @@ def test_the_command_line_trains_uni_on_a_trained_var(tmp_path: Path, monkeypatc
     assert main.run([*command, "--out", "all", "--set", "control.freeze_backbone=false"]) == 0
     moved, base = nextscale.load("all/model"), nextscale.load("base")
     assert not torch.equal(moved.head.weight, base.head.weight) and torch.equal(system.head.weight, base.head.weight)
+    assert main.run([*command, "--out", "half", "--set", "control.freeze_backbone=first-half"]) == 0
+    half = nextscale.load("half/model").state_dict()
+    changed = {name for name, one in base.state_dict().items() if not torch.equal(one, half[name])}
+    assert {name.split(".")[0] for name in changed} == {"generator", "head"} and "generator.word.weight" not in changed
     photo = next((tmp_path / "pictures" / "class0").iterdir())
     assert main.run(["generate", "--model", "uni/model", "--label", "1", "--out", "a.png", "--control", str(photo),
                      "--control-kind", "lines"]) == 0

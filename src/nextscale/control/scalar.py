@@ -31,16 +31,17 @@ class EncodingConfig(ControlConfig):
     """kinds: of control maps, several make SCALAR-Uni; drop: see ``ControlConfig``; encoder: see ``control.encoders``;
     feature_width: channels that it gives. share_over: what projections are shared over (``none``: one a scale and
     block). inject: blocks that get the control, ``all``, ``first-half``, ``every-n`` or ``input``. freeze_backbone:
-    train the projections alone. start: of the projections, ``zero`` (then the model begins as its base) or ``normal``.
-    align: ``shared``, or one linear layer a ``kind``; align_weight: of the alignment in SCALAR-Uni's loss. whiten:
-    features are centred and decorrelated by what they are on training maps, measured when training begins; projections
-    learn several times faster of an encoder whose features are all alike large and positive."""
+    train the projections alone; ``first-half``: and the later half of the blocks, and the head. start: of the
+    projections, ``zero`` (then the model begins as its base) or ``normal``. align: ``shared``, or one linear layer a
+    ``kind``; align_weight: of the alignment in SCALAR-Uni's loss. whiten: features are centred and decorrelated by what
+    they are on training maps, measured when training begins; projections learn several times faster of an encoder whose
+    features are all alike large and positive."""
 
     encoder: str = "dinov2:facebook/dinov2-small"
     feature_width: int = 1536
     share_over: Literal["none", "layers", "scales", "both"] = "none"
     inject: str = "all"
-    freeze_backbone: bool = True
+    freeze_backbone: bool | Literal["first-half"] = True
     start: Literal["zero", "normal"] = "zero"
     align: Literal["shared", "kind"] = "shared"
     align_weight: float = 1.0

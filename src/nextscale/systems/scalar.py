@@ -41,6 +41,9 @@ class SCALAR(ControlledSystem):
         if config.control.freeze_backbone:
             for frozen in (self.generator, self.head, self.labels):
                 frozen.requires_grad_(False)
+        if config.control.freeze_backbone == "first-half":
+            for trained in (*self.generator.blocks[config.generator.depth // 2:], self.head):
+                trained.requires_grad_(True)
 
     def initialise(self, gate: float = 1e-3) -> SCALAR:
         super().initialise(gate)
