@@ -55,9 +55,11 @@ class Judged:
         logits = torch.cat([self.extractor(part).logits[0] for part in pictures.split(500)])
         return float((logits.argmax(1) == torch.tensor(labels)).float().mean())
 
+    def features(self, pictures: Tensor) -> Tensor:
+        return torch.cat([self.extractor(part).features_BD for part in pictures.split(500)])
+
     def statistics(self, pictures: Tensor) -> Statistics:
-        features = torch.cat([self.extractor(part).features_BD for part in pictures.split(500)])
-        return Statistics.of(features, self.extractor.name)
+        return Statistics.of(self.features(pictures), self.extractor.name)
 
     def distance(self, pictures: Tensor, reference: Statistics | None = None) -> float:
         """Fréchet distance to all test pictures, or to others."""
