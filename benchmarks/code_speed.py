@@ -37,6 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     drafter, refiner = (liven(folders.build_system(folders.model_config(name))).to_precision("bf16").eval()
                         for name in (given.drafter, given.refiner))
+    drafter.tokenizer = refiner.tokenizer  # random ones differ
     both = pair(drafter, refiner, given.draft_steps[0])
     sizes = [(one.config.generator.depth, one.config.generator.width) for one in (drafter, refiner)]
     lines = [len(both.plan), *given.draft_steps, 0]
