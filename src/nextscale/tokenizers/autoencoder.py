@@ -6,7 +6,7 @@ between levels, attention only at the coarsest level. A picture of side S become
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nextscale.errors import InputError
 from nextscale.layers.kept import KeepsForm
 from nextscale.layers.norms import GroupNorm
+from nextscale.layers.winograd import Convolution3x3
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,24 @@ def _plus(x: Tensor, other: Tensor) -> Tensor:
     return x + other if torch.is_grad_enabled() else x.add_(other)
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+def _plain(width_in: int, width_out: int) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width_out, 3, padding=1)
 
-    def __init__(self, width_in: int, width_out: int, groups: int):
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes.
+
+    convolution: makes the two of 3x3, by widths. The decoder's take fewer products; the encoder's are torch's own,
+    since codes that lie near each other are told apart by the last digits.
+    """
+
+    def __init__(self, width_in: int, width_out: int, groups: int,
+                 convolution: Callable[[int, int], nn.Conv2d] = _plain):
         super().__init__()
         self.norm_in = _norm(width_in, groups)
-        self.conv_in = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.conv_in = convolution(width_in, width_out)
         self.norm_out = _norm(width_out, groups)
-        self.conv_out = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.conv_out = convolution(width_out, width_out)
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,10 +176,11 @@ def doubling_kernel(weight_OI33: Tensor) -> Tensor:
 class Level(nn.Module):
     """The residual blocks (and attentions) at one resolution, and the change to the next."""
 
-    def __init__(self, widths: list[int], groups: int, attention: bool, change: nn.Module | None):
+    def __init__(self, widths: list[int], groups: int, attention: bool, change: nn.Module | None,
+                 convolution: Callable[[int, int], nn.Conv2d] = _plain):
         super().__init__()
         pairs = list(itertools.pairwise(widths))
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairs)
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups, convolution) for a, b in pairs)
         self.attentions = nn.ModuleList(SelfAttention2d(b, groups) for _, b in pairs) if attention else None
         self.change = change
 
@@ -244,7 +255,7 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(
             Level([widths[min(i + 1, last)]] + [widths[i]] * config.decoder_blocks, config.groups,
                   attention=i == last and config.attention == "level",
-                  change=Upsample(widths[i]) if i > 0 else None)
+                  change=Upsample(widths[i]) if i > 0 else None, convolution=Convolution3x3)
             for i in range(len(widths)))
         self.norm = _norm(widths[0], config.groups)
         self.output = nn.Conv2d(widths[0], 3, 3, padding=1)
