@@ -128,7 +128,7 @@ def scales(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
     for at in range(0, count, 100):
         labels = [i % 10 for i in range(at, min(at + 100, count))]
         for preview in system.stream(labels, seed=at, output="torch"):
-            shown.setdefault("x".join(map(str, system.plan[preview.step].grid)), []).append(preview.images)
+            shown.setdefault("x".join(map(str, system.plan.steps[preview.step].grid)), []).append(preview.images)
     found = {grid: judged.distance(torch.cat(parts)) for grid, parts in shown.items()}
     print(" ".join(f"{grid}: {distance:.1f}" for grid, distance in found.items()), flush=True)
     return found

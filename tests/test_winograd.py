@@ -43,6 +43,8 @@ def test_it_serves_large_float32_maps_that_nobody_differentiates(layer: Convolut
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), rtol=1e-5, atol=1e-5)
         assert not fast(layer, x[..., :7])
         assert not fast(Convolution3x3(3, 6), x[:, :3])
+        assert layer.kept_bytes() == layer.kept(layer.weight, transformed).nbytes
+        assert Convolution3x3(3, 6).kept_bytes() == 0
     assert not fast(layer, x)
     with torch.no_grad():
         assert not fast(layer.bfloat16(), x.bfloat16())

@@ -96,8 +96,14 @@ class Convolution3x3(KeepsForm, nn.Conv2d):
         threads = torch.get_num_threads()
         return convolve(x, self.kept(self.weight, transformed), self.bias, 128 * threads)
 
+    def kept_bytes(self) -> int:
+        """Bytes of the transformed kernel, 0 where it is never made."""
+        return self.weight.nbytes * 36 // 9 if self._may() and self.weight.device.type == "cpu" else 0
+
+    def _may(self) -> bool:
+        return self.weight.dtype == torch.float32 and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+
     def _pays(self, x: Tensor) -> bool:
-        return (x.device.type in ("cpu", "meta") and x.dtype == self.weight.dtype == torch.float32
-                and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+        return (self._may() and x.device.type in ("cpu", "meta") and x.dtype == torch.float32
                 and x.shape[-2] * x.shape[-1] >= LEAST_CELLS
                 and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference()))

@@ -15,6 +15,7 @@ from nextscale.errors import InputError
 from nextscale.layers import quantised
 from nextscale.layers.bf16_training import has_blocked_products
 from nextscale.layers.linear import Linear
+from nextscale.layers.winograd import Convolution3x3
 from nextscale.plan import Plan
 from nextscale.tokenizers.autoencoder import AutoencoderConfig, Upsample
 from nextscale.tokenizers.strips import ROWS
@@ -76,6 +77,8 @@ def weight_bytes(system: nn.Module) -> int:
     for layer in system.modules():
         if isinstance(layer, Upsample) and layer.conv.weight.device.type == "cpu":
             total += layer.conv.weight.nbytes * 16 // 9
+        if isinstance(layer, Convolution3x3):
+            total += layer.kept_bytes()
         weight = layer.weight if isinstance(layer, Linear) else None
         if weight is not None and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" \
                 and has_blocked_products():

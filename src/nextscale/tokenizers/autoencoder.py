@@ -24,6 +24,9 @@ from nextscale.layers.winograd import Convolution3x3
 class AutoencoderConfig:
     """Sizes of the encoder and the decoder.
 
+    network: ``vqgan``, or ``taesd`` (``tokenizers.tiny_autoencoder``), whose levels have one width and no middle, the
+    finest of them one block; attention ``"level"`` means its pooled blocks there, and latent_kernel must be 0.
+
     width: channels of the finest level (a multiple of ``groups``); multipliers: channels of each level as a multiple
     of ``width``, finest first; encoder_blocks, decoder_blocks: residual blocks a level; latent_width: channels of the
     latent; groups: of every group normalisation; attention: self-attention at the coarsest level, in the middle of
@@ -44,6 +47,7 @@ class AutoencoderConfig:
     attention: Literal["level", "encoder", "middle", "none"] = "level"
     feature_width: int = 0
     latent_kernel: Literal[0, 1, 3] = 3
+    network: Literal["vqgan", "taesd"] = "vqgan"
 
     def __post_init__(self) -> None:
         for name in ("width", "groups", "encoder_blocks", "decoder_blocks", "latent_width"):
@@ -55,6 +59,11 @@ class AutoencoderConfig:
         if wrong:
             raise InputError(f"a level has {wrong[0]} channels, which {self.groups} groups don't divide; "
                              "change width, multipliers or groups")
+        if self.network == "taesd" and (set(self.multipliers) != {1} or self.latent_kernel
+                                        or self.attention not in ("level", "none")):
+            raise InputError("network 'taesd' has levels of one width, no convolution around the latent and pooled "
+                             "blocks in place of attention: set multipliers to ones, latent_kernel to 0 and attention "
+                             "to 'level' or 'none'")
         if self.latent_kernel == 0 and self.feature_width not in (0, self.latent_width):
             raise InputError(f"feature_width is {self.feature_width} and latent_width {self.latent_width}, but "
                              "latent_kernel 0 leaves no convolution between them; use 1 or 3")

@@ -3,7 +3,8 @@
 LlamaGen's VQ (arXiv 2406.06525) comes in ``FoundationVision/LlamaGen/vq_ds16_c2i.pt``, ``vq_ds8_c2i.pt`` and
 ``peizesun/llamagen_t2i/vq_ds16_t2i.pt``; many token-order systems use the first. Infinity's bitwise tokenizers
 (arXiv 2412.04431) come in ``FoundationVision/Infinity/infinity_vae_d16.pth`` and its siblings. KL-16, the continuous
-autoencoder of MAR (arXiv 2406.11838) and all who build on it, comes as ``kl16.ckpt``.
+autoencoder of MAR (arXiv 2406.11838) and all who build on it, comes as ``kl16.ckpt``. TAEF2, a tiny autoencoder for the
+latents of FLUX.2, comes in two files, ``taef2_encoder.pth`` and ``taef2_decoder.pth`` (github.com/madebyollin/taesd).
 """
 from __future__ import annotations
 
@@ -53,11 +54,24 @@ def kl_config(width: int = 128, latent_width: int = 16, multipliers: tuple[int, 
     return TokenizerConfig(sizes, grids, kind="kl", latent_scale=latent_scale)
 
 
+def taesd_config(latent_width: int = 32, pooled: bool = True, side: int = 256, width: int = 64,
+                 latent_scale: float = 1.18) -> TokenizerConfig:
+    """TAEF2 (2.7 million parameters), or with 4 or 16 channels and without pooled blocks one of its siblings, for
+    pictures of ``side`` pixels. Its latents vary by 0.84 (experiments/tiny_autoencoder.py)."""
+    sizes = AutoencoderConfig(width, (1, 1, 1, 1), 3, 3, latent_width, groups=4,
+                              attention="level" if pooled else "none", latent_kernel=0, network="taesd")
+    grids = [(side // sizes.factor,) * 2]
+    while grids[0][0] % 2 == 0:
+        grids.insert(0, (grids[0][0] // 2,) * 2)
+    return TokenizerConfig(sizes, tuple(grids), kind="kl", latent_scale=latent_scale)
+
+
 PUBLISHED: dict[str, TokenizerConfig] = {
     "llamagen-vq-16": llamagen_config(16),
     "llamagen-vq-8": llamagen_config(8),
     **{f"infinity-d{bits}": infinity_config(bits) for bits in (16, 24, 32, 64)},
     "kl-16": kl_config(),
+    "taef2": taesd_config(),
     "infinity-d14-f8": infinity_config(14, True),
 }
 """Name to configuration."""
@@ -138,6 +152,22 @@ KL_NAMES: hub.NameMap = (*VQGAN_NAMES, (r"loss\..*", None))  # what the publishe
 """Tensor names of ``kl16.ckpt``, whose separate q, k and v are joined first (``join_attention``)."""
 
 
+TAESD_NAMES: hub.NameMap = ((r"(encoder|decoder)\.(\d+)\.(.*)", r"\1.layers.\2.\3"),)
+
+
+def read_pair(encoder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an encoder's file and of the decoder's beside it, whose name differs by that word alone, with
+    ``encoder.`` and ``decoder.`` before their names. Raises InputError where the name doesn't say encoder."""
+    folder, slash, name = str(encoder).rpartition("/")
+    if "encoder" not in name:
+        raise InputError(f"{encoder}: the weights are in two files; name the encoder's, as in taef2_encoder.pth")
+    found: dict[str, Tensor] = {}
+    for part in ("encoder", "decoder"):
+        tensors = hub.read_tensors(folder + slash + name.replace("encoder", part))
+        found |= {f"{part}.{key}": tensor for key, tensor in tensors.items()}
+    return found
+
+
 def load_published(tokenizer: Tokenizer, weights: Mapping[str, Tensor] | str | Path) -> Tokenizer:
     """Fill a tokenizer of one of these families (told apart by its kind) with published weights: a state dict, a local
     file, or ``FoundationVision/LlamaGen/vq_ds16_c2i.pt`` on the hub.
@@ -146,6 +176,10 @@ def load_published(tokenizer: Tokenizer, weights: Mapping[str, Tensor] | str | P
     """
     where = "state dict" if isinstance(weights, Mapping) else str(weights)
     kind = tokenizer.config.kind
+    if tokenizer.config.autoencoder.network == "taesd":
+        tensors = weights if isinstance(weights, Mapping) else read_pair(weights)
+        hub.load_published(tokenizer, tensors, TAESD_NAMES, where)
+        return tokenizer.eval()
     if kind not in ("l2-vq", "bsq", "kl"):
         raise InputError(f"there are no published weights of kind {kind!r} here; VAR's go through its system")
     tensors = weights if isinstance(weights, Mapping) else hub.read_tensors(weights)

@@ -13,7 +13,7 @@ from nextscale.layers.resize import resize
 from nextscale.plan import Plan
 from nextscale.registry import import_target
 from nextscale.tokenizers import gaussian, pyramid
-from nextscale.tokenizers.autoencoder import Decoder, Encoder
+from nextscale.tokenizers.autoencoder import Decoder
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.quantiser import Quantiser
 from nextscale.tokenizers.strips import decode_in_strips
@@ -27,6 +27,11 @@ QUANTISERS = {
     "kl": "nextscale.tokenizers.gaussian:GaussianLatents",
 }
 """Kind to class, imported on use."""
+AUTOENCODERS = {
+    "vqgan": ("nextscale.tokenizers.autoencoder:Encoder", "nextscale.tokenizers.autoencoder:Decoder"),
+    "taesd": ("nextscale.tokenizers.tiny_autoencoder:TinyEncoder", "nextscale.tokenizers.tiny_autoencoder:TinyDecoder"),
+}
+"""Network to encoder and decoder, imported on use."""
 
 
 MAKES_CODES = ("encoder.", "to_latent.", "quantiser.")
@@ -63,8 +68,9 @@ class Tokenizer(nn.Module):
         self.config = config
         sizes = config.autoencoder
         moments = 2 if config.continuous else 1  # a mean and a log-variance
-        self.encoder = Encoder(sizes, moments * sizes.features)
-        self.decoder = Decoder(sizes)
+        encoder, decoder = (cast("type[nn.Module]", import_target(name)) for name in AUTOENCODERS[sizes.network])
+        self.encoder: nn.Module = encoder(sizes, moments * sizes.features)
+        self.decoder: Any = decoder(sizes)
         kernel, padding = sizes.latent_kernel, sizes.latent_kernel // 2
         self.to_latent: nn.Module = nn.Identity()
         self.from_latent: nn.Module = nn.Identity()
@@ -136,7 +142,10 @@ class Tokenizer(nn.Module):
         if self.config.continuous:
             latent = self.quantiser.unscaled(latent)
         features = self.from_latent(self.quantiser.unfold(latent).to(dtype))
-        found = self.decoder(features) if strips is None else decode_in_strips(self.decoder, features, strips)
+        if strips is None or not isinstance(self.decoder, Decoder):  # a tiny one holds little
+            found = self.decoder(features)
+        else:
+            found = decode_in_strips(self.decoder, features, strips)
         return found.float().clamp(-1, 1)
 
     def decode_tokens(self, tokens: list[Tensor], plan: Plan | None = None, order: Tensor | None = None) -> Tensor:
