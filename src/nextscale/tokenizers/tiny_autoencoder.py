@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
+from nextscale.tokenizers.gaussian import LOG_VARIANCE
 
-CERTAIN = -30.0
+CERTAIN = LOG_VARIANCE[0]
 """Log-variance of a latent that is no draw, the least that a Gaussian's is clamped to."""
 _POOL_RATIO = 4
 _BOUND = 3.0
