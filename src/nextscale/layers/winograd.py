@@ -16,6 +16,8 @@ TILE, SEEN = 4, 6
 LEAST_CHANNELS, LEAST_CELLS = 96, 4096
 """Below these the transforms take what the products save, or the kernels' room (four times the weights') isn't worth
 it."""
+TILES, MOST_TILES = 128, 512
+"""Tiles at a time, a thread and in all: two pieces of memory of 36 maps of them, up to 47 MB of 320 channels."""
 
 # The points at which polynomials are compared are 0, 1, -1, 2, -2 and infinity.
 _B = torch.tensor([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
@@ -32,7 +34,7 @@ def transformed(weight_OI33: Tensor) -> Tensor:
     return found.flatten(0, 1).float().contiguous()
 
 
-def convolve(x_BCHW: Tensor, kernel_KIO: Tensor, bias_O: Tensor, tiles: int = 128) -> Tensor:
+def convolve(x_BCHW: Tensor, kernel_KIO: Tensor, bias_O: Tensor, tiles: int = TILES) -> Tensor:
     """A 3x3 convolution with one row and column of zeros around the map (B, C, H, W), in float32 and channels-last.
 
     kernel_KIO: of :func:`transformed`. tiles: about as many of them are worked on at a time, a few rows of a picture,
@@ -93,8 +95,8 @@ class Convolution3x3(KeepsForm, nn.Conv2d):
         if not self._pays(x):
             return super().forward(x)
         assert self.bias is not None
-        threads = torch.get_num_threads()
-        return convolve(x, self.kept(self.weight, transformed), self.bias, 128 * threads)
+        tiles = min(TILES * torch.get_num_threads(), MOST_TILES)
+        return convolve(x, self.kept(self.weight, transformed), self.bias, tiles)
 
     def kept_bytes(self) -> int:
         """Bytes of the transformed kernel, 0 where it is never made."""
