@@ -8,6 +8,7 @@
   their class (chance: 10%).
 - iterations: Fréchet distance to the test pictures of MAR and Hi-MAR drawn in fewer and more iterations, of Hi-MAR also
   with learned tokens in the place of pivots; few pictures, so the distances are larger than elsewhere.
+- orders: the same of MAR in 16 iterations by either schedule and in either order.
 - scales: Fréchet distance of FlowAR's samples as they are after every scale, enlarged.
 - temperature: how far apart MAR's samples of one class are, by temperature, and those of its head of means.
 
@@ -122,6 +123,18 @@ def iterations(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
     return found
 
 
+def orders(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
+    labels, found = [i % 10 for i in range(count)], {}
+    mar = nextscale.load(str(runs / "mar" / "model"))
+    for unmasking in ("cosine", "linear"):
+        for order in ("random", "raster"):
+            drawn = [mar.generate(labels, seed=seed, unmasking=unmasking, order=order, batch_size=100,
+                                  output="torch").images for seed in (0, 10**6)]
+            found[f"{unmasking}, {order}"] = both = [judged.distance(pictures) for pictures in drawn]
+            print(f"| {unmasking} | {order} | {both[0]:.1f} {both[1]:.1f} |", flush=True)
+    return found
+
+
 def scales(runs: Path, judged: Judged, count: int) -> dict[str, Any]:
     system = nextscale.load(str(runs / "flowar" / "model"))
     shown: dict[str, list[Tensor]] = {}
@@ -153,12 +166,13 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="safetensors of the ResNet-20")
     parser.add_argument("--count", type=int, default=300, help="samples a line")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=["nats", "prefixes", "iterations", "scales", "temperature"])
+    parser.add_argument("--only", nargs="+", choices=["nats", "prefixes", "iterations", "orders", "scales", "temperature"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     judged, runs = Judged(given.test, given.judge, 1000), given.side_by_side
     for name, measure in {"nats": lambda: nats(runs), "prefixes": lambda: prefixes(runs, judged),
                           "iterations": lambda: iterations(runs, judged, given.count),
+                          "orders": lambda: orders(runs, judged, given.count),
                           "scales": lambda: scales(runs, judged, given.count),
                           "temperature": lambda: temperature(runs, min(given.count, 64))}.items():
         if given.only is None or name in given.only:

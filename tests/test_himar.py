@@ -395,6 +395,18 @@ def test_the_guided_sum_uses_the_step_s_own_scale() -> None:
         Stepwise((-1.0,))
 
 
+def test_both_phases_may_go_by_other_schedules_and_in_raster_order() -> None:
+    system, runs = tiny(), []
+    found = system.generate([1, 2], unmasking="linear", order="raster", coarse_iterations=2, iterations=2,
+                            callback=lambda k, run: runs.append(run), progress=False, output="torch")
+    plan, small = runs[-1].plan, system.generator.coarse
+    assert [step.rows for step in plan] == [small // 2, small // 2, 4 * small, 2 * small]
+    places = runs[-1].order[0, :, 1] * torch.cat([torch.full((step.rows,), step.grid[1]) for step in plan]) \
+        + runs[-1].order[0, :, 2]
+    assert places.tolist() == [*range(small), *range(4 * small), *range(2 * small, 4 * small)]
+    assert bool(found.images.isfinite().all())
+
+
 def test_a_negative_bound_and_enlarging_are_refused() -> None:
     with pytest.raises(InputError, match="clip is -1"):
         tiny().generate([1], progress=False, clip=-1.0)

@@ -33,7 +33,7 @@ from nextscale.plan import Plan, Step
 from nextscale.run import Run
 from nextscale.sampling.diffusion import ancestral
 from nextscale.sampling.guidance import ClassifierFree, Unguided
-from nextscale.sampling.orders import cosine_counts, masked_after, random_order
+from nextscale.sampling.orders import masked_after, random_order, unmasked_counts
 from nextscale.sampling.steps import evaluator
 from nextscale.systems import folders
 from nextscale.systems.mar import MAR, MARConfig, MARSettings, masked_share, preset_config, published_config
@@ -58,18 +58,18 @@ def tiny(seed: int = 0, **changes: object) -> MAR:
 # Unmasking
 
 def test_published_iterations_draw_the_published_numbers_of_tokens() -> None:
-    assert cosine_counts(256, 256) == [1] * 256
-    counts = cosine_counts(256, 64)
+    assert unmasked_counts(256, 256) == [1] * 256
+    counts = unmasked_counts(256, 64)
     assert counts[:13] == [1] * 13 and counts[13:18] == [2, 3, 2, 2, 3] and counts[-5:] == [6, 7, 6, 6, 6]
-    assert cosine_counts(256, 8) == [5, 15, 24, 31, 39, 45, 48, 49]
-    assert cosine_counts(256, 1) == [256] and sum(counts) == 256
+    assert unmasked_counts(256, 8) == [5, 15, 24, 31, 39, 45, 48, 49]
+    assert unmasked_counts(256, 1) == [256] and sum(counts) == 256
 
 
 @settings(max_examples=60)
 @given(cells=st.integers(1, 300), share=st.floats(0, 1))
 def test_every_iteration_draws_at_least_one_and_all_draw_everything(cells: int, share: float) -> None:
     iterations = max(1, round(share * cells))
-    counts = cosine_counts(cells, iterations)
+    counts = unmasked_counts(cells, iterations)
     assert len(counts) == iterations and min(counts) >= 1 and sum(counts) == cells
     assert masked_after(cells, iterations)[-1] == 0
 
@@ -79,7 +79,7 @@ def test_iterations_that_cannot_be_are_refused_and_too_many_draw_one_token_each(
     with pytest.raises(InputError, match="iterations is 0; it must be at least 1"):
         system.generate([1], iterations=0)
     with pytest.raises(InputError, match="at most 4"):
-        cosine_counts(4, 5)
+        unmasked_counts(4, 5)
     assert [step.rows for step in system.plan_for(MARSettings(iterations=99))] == [1] * 16
 
 
@@ -94,6 +94,28 @@ def test_each_cell_is_drawn_once_in_an_order_of_the_picture_s_own() -> None:
     many = random_order(Keyed.from_seeds(range(400)), step)
     assert abs(float((many[:, 0, 1] * 8 + many[:, 0, 2]).float().mean()) - 31.5) < 3  # the first cell is anywhere
     assert torch.equal(many[7:8], random_order(Keyed.from_seeds([7]), step))
+
+
+def test_a_linear_schedule_draws_as_many_every_time_and_raster_order_line_by_line() -> None:
+    assert unmasked_counts(256, 8, "linear") == [32] * 8 and unmasked_counts(5, 5, "linear") == [1] * 5
+    assert unmasked_counts(10, 4, "linear") == [3, 2, 3, 2]
+    system, runs = tiny(), []
+    options = {"iterations": 4, "unmasking": "linear", "order": "raster", "output": "torch"}
+    both = system.generate([1, 2], callback=lambda k, run: runs.append(run), progress=False, **options)
+    assert [step.places for step in runs[-1].plan] == [tuple(range(k, k + 4)) for k in (0, 4, 8, 12)]
+    assert torch.equal(system.generator.raster(runs[-1].order), torch.arange(16)[None])
+    alone = system.generate([2], seeds=both.seeds[1:], **options)
+    torch.testing.assert_close(alone.images, both.images[1:], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(both.images, system.generate([1, 2], seeds=both.seeds, iterations=4, output="torch").images)
+    redraw = torch.zeros(2, 16, 16, dtype=torch.bool)
+    redraw[0, :, 8:] = True
+    redraw[1, 4:, :4] = True
+    before = system.encode(both.images)[0].unflatten(1, (4, 4))
+    after = system.edit(both.images, redraw, [1, 2], **options, progress=False).tokens[0].unflatten(1, (4, 4))
+    assert torch.equal((before == after).all(-1), ~redraw[:, ::4, ::4])
+    for wrong in ({"order": "spiral"}, {"unmasking": "square"}):
+        with pytest.raises(InputError, match="is unknown; use"):
+            system.generate([1], **wrong)
 
 
 # The network

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ def at_least_0(name: str, value: float) -> None:
     """Raises InputError for a setting below 0, and one that is infinite or no number."""
     if not 0 <= value < math.inf:
         raise InputError(f"{name} is {value}; it must be at least 0 and finite")
+
+
+def one_of(name: str, value: str, choices: Any) -> None:
+    """Raises InputError for a setting that is none of a ``Literal``'s values."""
+    if value not in get_args(choices):
+        raise InputError(f"{name} {value!r} is unknown; use {' or '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from nextscale.plan import Plan, Step, grid_cells
 from nextscale.run import Call, Run, Sample
 from nextscale.sampling.diffusion import DiffusionSampling, JointDiffusionSampling
 from nextscale.sampling.guidance import Guidance, Stepwise, Unguided
-from nextscale.sampling.orders import masked_after, random_order
+from nextscale.sampling.orders import Order, Unmasking, drawing_order, masked_after
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems.class_conditional import Schedule
-from nextscale.systems.continuous import ContinuousConfig, ContinuousSettings, at_least_0
+from nextscale.systems.continuous import ContinuousConfig, ContinuousSettings, at_least_0, one_of
 from nextscale.systems.mar import (
     CLIP,
     MAR,
@@ -43,6 +43,7 @@ from nextscale.systems.mar import (
     Denoising,
     given_step,
     head_names,
+    in_raster_order,
     known_first,
     masked_share,
     unmasking,
@@ -67,7 +68,8 @@ class HiMARSettings(ContinuousSettings):
     """Guidance on the schedule ``linear`` or ``constant`` of each phase's own tokens, temperature, and
 
     coarse_guidance_scale: guidance of phase 0; coarse_iterations, iterations: steps of the phases;
-    coarse_solver_steps, solver_steps: of the two heads' chains; clip: as MAR has it.
+    coarse_solver_steps, solver_steps: of the two heads' chains; clip, unmasking, order: as MAR has them, of both
+    phases.
     """
 
     guidance_schedule: str = "linear"
@@ -77,10 +79,14 @@ class HiMARSettings(ContinuousSettings):
     coarse_solver_steps: int = 100
     solver_steps: int = 250
     clip: float = 0.0
+    unmasking: Unmasking = "cosine"
+    order: Order = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_0("clip", self.clip)
+        one_of("unmasking", self.unmasking, Unmasking)
+        one_of("order", self.order, Order)
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,8 @@ class HiMAR(MAR):
         """Steps that draw the coarse cells, each once, then steps that draw all fine cells that are still masked."""
         self.plan_of(schedule)
         small, grid = self.generator.small, self.generator.grid
-        return Plan(unmasking(small, self.generator.coarse, used.coarse_iterations)
-                    + refinement(grid, grid[0] * grid[1], used.iterations))
+        return Plan(unmasking(small, self.generator.coarse, used.coarse_iterations, used.unmasking, used.order)
+                    + refinement(grid, grid[0] * grid[1], used.iterations, used.unmasking))
 
     def guidance(self, used: HiMARSettings) -> Guidance:
         return self._guidance(used, self.plan_for(used))
@@ -200,10 +206,11 @@ class HiMAR(MAR):
     def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise, plan: Plan | None = None,
               order: Tensor | None = None) -> Run:
         """A run at its first step. order (B|1, S + L, 3): in which the coarse cells are drawn and the fine ones
-        settled, else every picture's own random one."""
+        settled, else the raster's, where the plan draws by it, and every picture's own random one where it doesn't."""
         plan = plan or self.plan_for(self.config.settings["pictures"])
         if order is None:
-            order = torch.cat([random_order(noise, Step(grid), phase, self.device) for phase, grid in
+            rule: Order = "raster" if in_raster_order(plan) else "random"
+            order = torch.cat([drawing_order(rule, noise, Step(grid), phase, self.device) for phase, grid in
                                enumerate((self.generator.small, self.generator.grid))], 1)
         coarse, fine = order.split([self.generator.coarse, order.shape[1] - self.generator.coarse], 1)
         known = 0
@@ -234,12 +241,13 @@ class HiMAR(MAR):
         if counts[1] == lengths[1]:
             return list(given)
         grids = (self.generator.small, self.generator.grid)
-        orders = [known_first(random_order(noise, Step(grid), phase, self.device), k, grid)
+        orders = [known_first(drawing_order(used.order, noise, Step(grid), phase, self.device), k, grid)
                   for phase, (grid, k) in enumerate(zip(grids, known, strict=True))]
         steps = given_step(grids[0], counts[0])
         if counts[0] < lengths[0]:
-            steps += unmasking(grids[0], lengths[0] - counts[0], used.coarse_iterations)
-        steps += given_step(grids[1], counts[1]) + refinement(grids[1], lengths[1] - counts[1], used.iterations)
+            steps += unmasking(grids[0], lengths[0] - counts[0], used.coarse_iterations, used.unmasking)
+        steps += given_step(grids[1], counts[1]) + refinement(grids[1], lengths[1] - counts[1], used.iterations,
+                                                              used.unmasking)
         plan = Plan(steps)
         guidance = self._guidance(used, plan)
         run = self.start(labels_Bn, guidance, noise, plan, torch.cat(orders, 1))
@@ -356,9 +364,9 @@ class TwoPhases:
         return self.coarse.sample(keeping, call, run, guidance, filters)
 
 
-def refinement(grid: tuple[int, int], cells: int, iterations: int) -> tuple[Step, ...]:
-    """Steps that each draw all cells that are still masked, by the cosine schedule, in at most as many iterations."""
-    left = [cells, *masked_after(cells, min(iterations, cells))]
+def refinement(grid: tuple[int, int], cells: int, iterations: int, schedule: Unmasking = "cosine") -> tuple[Step, ...]:
+    """Steps that each draw all cells that are still masked by a schedule, in at most as many iterations."""
+    left = [cells, *masked_after(cells, min(iterations, cells), schedule)]
     return tuple(Step(grid, count=count) for count in left[:-1])
 
 

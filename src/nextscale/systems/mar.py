@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter as _now
 from typing import Any, ClassVar
 
@@ -33,10 +34,16 @@ from nextscale.sampling import editing
 from nextscale.sampling.diffusion import DiffusionSampling
 from nextscale.sampling.generation import Generation, OutputKind, check_output, convert, picture_seeds
 from nextscale.sampling.guidance import Guidance
-from nextscale.sampling.orders import cosine_counts, random_order
+from nextscale.sampling.orders import Order, Unmasking, drawing_order, random_order, unmasked_counts
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems.class_conditional import Label, Schedule
-from nextscale.systems.continuous import ContinuousConfig, ContinuousSettings, ContinuousSystem, at_least_0
+from nextscale.systems.continuous import (
+    ContinuousConfig,
+    ContinuousSettings,
+    ContinuousSystem,
+    at_least_0,
+    one_of,
+)
 from nextscale.tokenizers.autoencoder import AutoencoderConfig
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.published import KL_NAMES, kl_config
@@ -47,20 +54,26 @@ from nextscale.tokenizers.tokenizer import Tokenizer
 class MARSettings(ContinuousSettings):
     """Guidance, whose schedule ``linear`` grows with the share of tokens that are drawn, and temperature, and
 
-    iterations: steps in which the tokens are drawn, from 1 to their number, which more than that means too;
-    solver_steps: steps of the denoising chain, of 1000; clip: bound of what the chain takes for the clean values, which
-    vary by about 1, 0 for none as published. At the noisy end the smallest error of a head grows a hundredfold: a head
-    that was trained for minutes and not for weeks needs a bound.
+    iterations: steps in which the tokens are drawn, from 1 to their number, which more than that means too; unmasking:
+    how many each of them draws, more and more (``cosine``) or as many (``linear``); order: in which, every picture's
+    own ``random`` one, which is how the network is trained, or the ``raster``'s; solver_steps: steps of the denoising
+    chain, of 1000; clip: bound of what the chain takes for the clean values, which vary by about 1, 0 for none as
+    published. At the noisy end the smallest error of a head grows a hundredfold: a head that was trained for minutes
+    and not for weeks needs a bound.
     """
 
     guidance_schedule: str = "linear"
     iterations: int = 64
     solver_steps: int = 100
     clip: float = 0.0
+    unmasking: Unmasking = "cosine"
+    order: Order = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_0("clip", self.clip)
+        one_of("unmasking", self.unmasking, Unmasking)
+        one_of("order", self.order, Order)
 
 
 @dataclass(frozen=True)
@@ -109,12 +122,15 @@ class MAR(ContinuousSystem):
     def plan_for(self, used: MARSettings, schedule: Schedule | None = None) -> Plan:
         """The steps of a generation: how many cells of the map each draws."""
         grid = self.plan_of(schedule).grid
-        return Plan(unmasking(grid, grid[0] * grid[1], used.iterations))
+        return Plan(unmasking(grid, grid[0] * grid[1], used.iterations, used.unmasking, used.order))
 
     def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise, plan: Plan | None = None,
               order: Tensor | None = None) -> Run:
-        """A run at its first step. order (B|1, L, 3): in which cells are drawn, else every picture's own random one."""
+        """A run at its first step. order (B|1, L, 3): in which cells are drawn, else the plan's, where it has one, and
+        every picture's own random one where it hasn't."""
         run = super().start(labels_Bn, guidance, noise, plan or self.plan_for(self.config.settings["pictures"]))
+        if order is None and in_raster_order(run.plan):
+            order = run.plan.cells[None]
         found = random_order(noise, Step(run.plan.grid), device=self.device) if order is None else order
         run.order = found.to(self.device)
         return run
@@ -170,9 +186,9 @@ class MAR(ContinuousSystem):
         count, length = int(known_BL[0].sum()), known_BL.shape[1]
         if count == length:
             return [tokens]
-        steps = Plan(given_step(grid, count) + unmasking(grid, length - count, used.iterations))
+        steps = Plan(given_step(grid, count) + unmasking(grid, length - count, used.iterations, used.unmasking))
         guidance = self.guidance(used)
-        order = known_first(random_order(noise, Step(grid), device=self.device), known_BL, grid)
+        order = known_first(drawing_order(used.order, noise, Step(grid), device=self.device), known_BL, grid)
         run = self.start(labels_Bn, guidance, noise, steps, order)
         if count:
             run.force(take(tokens, self.generator.raster(order[:, :count]), tokens))
@@ -233,13 +249,26 @@ def given_step(grid: tuple[int, int], count: int) -> tuple[Step, ...]:
     return (Step(grid, count=count),) if count else ()
 
 
-def unmasking(grid: tuple[int, int], cells: int, iterations: int) -> tuple[Step, ...]:
-    """Steps that draw some cells of a grid by the cosine schedule, in at most as many iterations."""
-    return tuple(Step(grid, count=count) for count in cosine_counts(cells, min(iterations, cells)))
+def unmasking(grid: tuple[int, int], cells: int, iterations: int, schedule: Unmasking = "cosine",
+              order: Order = "random") -> tuple[Step, ...]:
+    """Steps that draw some cells of a grid by a schedule, in at most as many iterations; where the order is the
+    raster's, which must be that of all cells, the steps have their places."""
+    counts = unmasked_counts(cells, min(iterations, cells), schedule)
+    if order == "random":
+        return tuple(Step(grid, count=count) for count in counts)
+    places = iter(range(cells))
+    return tuple(Step(grid, places=tuple(islice(places, count))) for count in counts)
+
+
+def in_raster_order(plan: Plan) -> bool:
+    """Whether a plan of ``unmasking`` says which cells its steps draw."""
+    return plan.steps[0].places is not None
 
 
 def known_first(order_BL3: Tensor, known_BL: Tensor, grid: tuple[int, int]) -> Tensor:
-    """An order with the known cells (B, L), in raster order, moved to its front; the others stay in theirs."""
+    """An order (B|1, L, 3) with the known cells (B, L), in raster order, moved to its front; the others stay in
+    theirs."""
+    order_BL3 = order_BL3.expand(len(known_BL), -1, -1)
     place_BL = order_BL3[..., 1] * grid[1] + order_BL3[..., 2]
     turn = (~known_BL.gather(1, place_BL)).long().argsort(dim=1, stable=True)
     return order_BL3.gather(1, turn[..., None].expand_as(order_BL3))
