@@ -33,6 +33,7 @@ from nextscale.evaluation.features import open_extractor
 from nextscale.training import read_metrics
 from nextscale.training.tokenizer_recipe import load_tokenizer
 
+PARTS = ("nats", "prefixes", "iterations", "orders", "scales", "temperature")
 CODES = ("var-0", "var-1", "var-2", "nfig", "srdd", "hmar", "m-var")
 
 
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="safetensors of the ResNet-20")
     parser.add_argument("--count", type=int, default=300, help="samples a line")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=["nats", "prefixes", "iterations", "orders", "scales", "temperature"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     judged, runs = Judged(given.test, given.judge, 1000), given.side_by_side
