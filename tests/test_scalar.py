@@ -343,13 +343,31 @@ def test_dinov2_gives_normed_patch_features_of_four_depths(tmp_path: Path) -> No
         x = nn.functional.interpolate(emoji(2), (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
         last = network(((x + 1) / 2 - mean) / std).last_hidden_state
     torch.testing.assert_close(found[:, 48:, 1, 2], last[:, 1 + 16 + 2], rtol=1e-4, atol=1e-4)
+    other = open_encoder(f"dinov2:{tmp_path / 'dino'}", (4, 4), 56, (0.5, 1.0))
+    with torch.no_grad():
+        assert other(emoji(2)).shape == (2, 32, 4, 4), "two depths of pictures of 56 pixels"
+    with pytest.raises(InputError, match=r"encoder_side is 60.*use 56"):
+        open_encoder(f"dinov2:{tmp_path / 'dino'}", (4, 4), 60)
     with pytest.raises(WeightsError, match="can't be loaded as DINOv2"):
         open_encoder(f"dinov2:{tmp_path}", (4, 4))
+
+
+def test_features_shrink_to_a_grid_as_asked() -> None:
+    features = torch.randn(2, 8, 8, 8)
+    found = {rule: tiny(encoder="emoji-features", feature_width=8, resize=rule).control.encode(features)[1]
+             for rule in ("area", "bilinear")}
+    means = features.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    torch.testing.assert_close(found["area"], means.flatten(2).transpose(1, 2))
+    assert not torch.allclose(found["area"], found["bilinear"])
 
 
 def test_encoders_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"gives 272 channels.*set it to 272"):
         tiny(encoder="emoji-features").attach(maps())
+    with pytest.raises(InputError, match="encoder emoji-features has neither"):
+        EncodingConfig(encoder="emoji-features", encoder_side=112)
+    with pytest.raises(InputError, match="shares of the blocks"):
+        EncodingConfig(encoder_after=(0.0,))
     with pytest.raises(InputError, match="unknown encoder"):
         open_encoder("no-such-encoder", (4, 4))
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)

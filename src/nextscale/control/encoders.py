@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.errors import InputError, MissingExtraError, WeightsError
-from nextscale.layers.resize import resize
+from nextscale.layers.resize import ResizeRule, resize
 from nextscale.registry import import_target
 from nextscale.tokenizers.features import PictureClassifier, load_classifier
 
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def fitted(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A feature map at another grid, averaged where it shrinks, else bilinear; float32."""
+def fitted(map_BCHW: Tensor, grid: tuple[int, int], shrink: ResizeRule = "area") -> Tensor:
+    """A feature map at another grid, by ``shrink`` where it shrinks, else bilinear; float32."""
     shrinks = grid[0] <= map_BCHW.shape[2] and grid[1] <= map_BCHW.shape[3]
-    return resize(map_BCHW, grid, "area" if shrinks else "bilinear").float()
+    return resize(map_BCHW, grid, shrink if shrinks else "bilinear").float()
 
 
 class ClassifierFeatures(nn.Module):
@@ -39,18 +41,22 @@ class ClassifierFeatures(nn.Module):
 
 
 class Dinov2Features(nn.Module):
-    """Patch features of DINOv2 (arXiv 2304.07193) after a quarter, a half, three quarters and all of its blocks, each
-    through the last norm, without class and register tokens: (B, 4 width, S / patch, S' / patch).
+    """Patch features of DINOv2 (arXiv 2304.07193) after the shares ``after`` of its blocks, each through the last norm,
+    without class and register tokens: (B, shares x width, side / patch, side / patch).
 
-    Pictures are resized to ``side`` pixels and normalised as DINOv2's own.
+    Pictures are resized to ``side`` pixels and normalised as DINOv2's own. Raises InputError for a side that patches
+    don't divide.
     """
 
-    def __init__(self, network: nn.Module, side: int = 224):
+    def __init__(self, network: nn.Module, side: int = 224, after: Sequence[float] = QUARTERS):
         super().__init__()
         self.network, self.side = network, side
         depth = int(network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-        self.after = tuple(round(depth * quarter / 4) for quarter in (1, 2, 3, 4))
+        self.after = tuple(max(1, round(depth * share)) for share in after)
         self.patch = int(network.config.patch_size)  # type: ignore[union-attr, arg-type]
+        if side % self.patch:
+            raise InputError(f"control.encoder_side is {side}, which patches of {self.patch} pixels don't divide; "
+                             f"use {side // self.patch * self.patch or self.patch}")
 
     def forward(self, pictures: Tensor) -> Tensor:
         x = F.interpolate(pictures, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -63,8 +69,9 @@ class Dinov2Features(nn.Module):
 
 
 @lru_cache(maxsize=4)
-def open_encoder(spec: str, grid: tuple[int, int]) -> nn.Module:
-    """An encoder by text, see this file's head, frozen; grid: of the features, where the encoder can choose.
+def open_encoder(spec: str, grid: tuple[int, int], side: int = 224, after: tuple[float, ...] = QUARTERS) -> nn.Module:
+    """An encoder by text, see this file's head, frozen; grid: of the features, where the encoder can choose; side and
+    after: of DINOv2.
 
     Raises:
         InputError: unknown.
@@ -73,7 +80,7 @@ def open_encoder(spec: str, grid: tuple[int, int]) -> nn.Module:
     """
     name, _, place = spec.partition(":")
     if name == "dinov2" and place:
-        found: nn.Module = Dinov2Features(_dinov2(place))
+        found: nn.Module = Dinov2Features(_dinov2(place), side, after)
     elif spec == "emoji-features" or Path(spec).is_dir():
         found = ClassifierFeatures(load_classifier(spec), grid)
     elif place:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.context import Context, Function
-from nextscale.control.encoders import fitted, open_encoder
+from nextscale.control.encoders import QUARTERS, fitted, open_encoder
 from nextscale.control.maps import ControlConfig, ControlHook, layer_of
 from nextscale.errors import InputError
 from nextscale.generators.var import VARGeneratorConfig
@@ -28,17 +28,23 @@ from nextscale.run import Rows
 
 @dataclass(frozen=True)
 class EncodingConfig(ControlConfig):
-    """kinds: of control maps, several make SCALAR-Uni; drop: see ``ControlConfig``; encoder: see ``control.encoders``;
-    feature_width: channels that it gives. share_over: what projections are shared over (``none``: one a scale and
-    block). inject: blocks that get the control, ``all``, ``first-half``, ``every-n`` or ``input``. freeze_backbone:
-    train the projections alone; ``first-half``: and the later half of the blocks, and the head. start: of the
-    projections, ``zero`` (then the model begins as its base) or ``normal``. align: ``shared``, or one linear layer a
-    ``kind``; align_weight: of the alignment in SCALAR-Uni's loss. whiten: features are centred and decorrelated by what
-    they are on training maps, measured when training begins; projections learn several times faster of an encoder whose
-    features are all alike large and positive."""
+    """kinds: of control maps, several make SCALAR-Uni; drop: see ``ControlConfig``; encoder: see
+    ``control.encoders``; feature_width: channels that it gives. encoder_side, encoder_after: DINOv2's, the pixels
+    that it looks at and after which shares of its blocks features are taken; other encoders refuse other values
+    than these. resize: how features shrink to a scale's grid, ``area`` as VAR's own latents do, or ``bilinear``,
+    ``bicubic``. share_over: what projections are shared over (``none``: one a scale and block). inject: blocks that
+    get the control, ``all``, ``first-half``, ``every-n`` or ``input``. freeze_backbone: train the projections
+    alone; ``first-half``: and the later half of the blocks, and the head. start: of the projections, ``zero`` (then
+    the model begins as its base) or ``normal``. align: ``shared``, or one linear layer a ``kind``; align_weight: of
+    the alignment in SCALAR-Uni's loss. whiten: features are centred and decorrelated by what they are on training
+    maps, measured when training begins; projections learn several times faster of an encoder whose features are all
+    alike large and positive."""
 
     encoder: str = "dinov2:facebook/dinov2-small"
     feature_width: int = 1536
+    encoder_side: int = 224
+    encoder_after: tuple[float, ...] = QUARTERS
+    resize: Literal["area", "bilinear", "bicubic"] = "area"
     share_over: Literal["none", "layers", "scales", "both"] = "none"
     inject: str = "all"
     freeze_backbone: bool | Literal["first-half"] = True
@@ -54,6 +60,11 @@ class EncodingConfig(ControlConfig):
         if self.feature_width < 1 or self.align_weight < 0:
             raise InputError(f"feature_width is {self.feature_width}, it must be at least 1; align_weight is "
                              f"{self.align_weight}, it must not be negative")
+        if self.encoder_side < 1 or not self.encoder_after or not all(0 < share <= 1 for share in self.encoder_after):
+            raise InputError(f"encoder_side is {self.encoder_side}, it must be positive; encoder_after is "
+                             f"{self.encoder_after}, it must be shares of the blocks, above 0 and up to 1")
+        if not self.encoder.startswith("dinov2:") and (self.encoder_side, self.encoder_after) != (224, QUARTERS):
+            raise InputError(f"encoder_side and encoder_after are DINOv2's; encoder {self.encoder} has neither")
         self.layers(4)
 
     @property
@@ -145,7 +156,8 @@ class ControlEncoding(nn.Module):
     def look(self, maps: Tensor, most: int = 64) -> Tensor:
         """E of maps or pictures uint8 (B, 1 or 3, H, W): (B, C_f, h, w) in float32, whitened where the configuration
         says so. Raises InputError where the encoder gives another number of channels than ``feature_width``."""
-        encoder = open_encoder(self.config.encoder, self.plan.grid).to(maps.device)
+        c = self.config
+        encoder = open_encoder(c.encoder, self.plan.grid, c.encoder_side, c.encoder_after).to(maps.device)
         with torch.autocast(maps.device.type, enabled=False):
             found = torch.cat([encoder(part.float().div(127.5).sub(1).expand(-1, 3, -1, -1))
                                for part in maps.split(most)])
@@ -198,7 +210,8 @@ class ControlEncoding(nn.Module):
 
     def encode(self, features: Tensor) -> list[Tensor]:
         """The features at every scale's grid, (B, L_k, C_f)."""
-        return [fitted(features, step.grid).flatten(2).transpose(1, 2).to(self.weight.dtype) for step in self.plan]
+        maps = (fitted(features, step.grid, self.config.resize) for step in self.plan)
+        return [one.flatten(2).transpose(1, 2).to(self.weight.dtype) for one in maps]
 
     def project(self, scale: int, layer: int, features_BLC: Tensor) -> Tensor:
         """C_kl, (B, L_k, C)."""
