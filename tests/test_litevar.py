@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import tiny
 import torch
 from tiny import emoji, tiny_var
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask
 
 import nextscale
@@ -20,12 +22,13 @@ from nextscale.acceleration.litevar import Calibration, LiteVAR, output_error, q
 from nextscale.acceleration.memory_policy import MemoryPolicy
 from nextscale.acceleration.scalekv import ScaleKV
 from nextscale.cli import main
-from nextscale.context import Hook
+from nextscale.context import Hook, _Steps
 from nextscale.errors import InputError, NextscaleError
 from nextscale.generators.flexvar import FlexVARGeneratorConfig
 from nextscale.generators.hmar import HMARGeneratorConfig
 from nextscale.generators.var import VARGeneratorConfig
-from nextscale.layers.attention import attention, block_mask, pairs
+from nextscale.layers import attention as layers_attention
+from nextscale.layers.attention import Rule, attention, block_mask, compiled_flex_attention, dense_mask, pairs
 from nextscale.layers.linear import Linear
 from nextscale.layers.memory import Tags
 from nextscale.layers.mlp import MLP
@@ -117,9 +120,49 @@ def test_masked_attention_is_attention_over_gathered_windows() -> None:
 def test_the_block_mask_of_gpus_hides_what_the_booleans_hide() -> None:
     plan, window = Plan.scales(UNEVEN), window_of(UNEVEN, (0.2,) * 5, 3)
     query, key = tags_of(plan, 3), tags_of(plan)
-    blocks = block_mask(window.sees, query, key)
+    blocks = block_mask([window], query, key)
     shown = create_mask(blocks.mask_mod, None, None, len(query), len(key), "cpu")
     assert torch.equal(shown, window.sees(*pairs(query, key)))
+
+
+def test_a_gpu_s_kernel_compiles_with_the_window() -> None:
+    """Lowered to code, where a mask may take single numbers alone, and without the cache of tables traced."""
+    plan = Plan.scales(UNEVEN)
+    found: list[Rule] = [_Steps(plan.visible), window_of(UNEVEN, (0.2,) * 5, 3)]
+    query, key = tags_of(plan, 1), tags_of(plan)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (len(query), len(key), len(key)))
+    with torch.no_grad():
+        out = attention(q, k, v, block_mask(found, query, key), 0.7)
+    torch.testing.assert_close(out, attention(q, k, v, dense_mask(found, query, key), 0.7))
+
+
+def test_every_shape_is_compiled_and_none_is_left_to_the_slow_kernel() -> None:
+    """Beyond the compiler's own limit of 8, which is as it was afterwards."""
+    torch._dynamo.reset()
+    before, counter = torch._dynamo.config.recompile_limit, CompileCounter()
+    compiled, window = compiled_flex_attention(counter), window_of(UNEVEN, (0.2,) * 5, 3)
+    plan = Plan.scales(UNEVEN)
+    with torch.no_grad():
+        for count in range(1, 12):
+            query, key = tags_of(plan).first(4 * count), tags_of(plan)
+            q, k, v = (torch.randn(1, 1, n, 16) for n in (len(query), len(key), len(key)))
+            found = compiled(q, k, v, block_mask=block_mask([window], query, key))
+            torch.testing.assert_close(found, attention(q, k, v, dense_mask([window], query, key)))
+    assert counter.frame_count == 11 > before == torch._dynamo.config.recompile_limit
+
+
+def test_masks_are_made_on_the_very_device_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the first of its kind."""
+    found, plan = [], Plan.scales(UNEVEN)
+    monkeypatch.setattr(layers_attention, "create_block_mask", lambda *_, device: found.append(device))
+    tags = Tags(plan.step_of_row[None].to("meta"), plan.cells[None].to("meta"))
+    block_mask([], tags, tags)
+    monkeypatch.setattr(layers_attention, "create_mask", lambda *given: found.append(given[-1]))
+    q = torch.zeros(1, 1, plan.length, 8, device="meta")
+    attention(q, q, q, SimpleNamespace(mask_mod=None), dropout=0.5)
+    assert found == [torch.device("meta")] * 2
 
 
 @pytest.mark.parametrize(("size", "reach", "share"), [(256, 0.15, 0.14), (512, 0.2, 0.15), (1024, 0.2, 0.14)])

@@ -6,6 +6,7 @@ hooks wrap them, the first in the list innermost.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.adaln import gated_sum
-from nextscale.layers.attention import attention, by_head, pairs, visibility_mask
+from nextscale.layers.attention import Marks, Rule, attention, by_head, pairs, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
-from nextscale.plan import Plan
+from nextscale.plan import Plan, Visibility
 from nextscale.run import At, Call, Rows, Run, Sample
 
 Function = Callable[[Tensor, Rows], Tensor]
@@ -315,7 +316,8 @@ class Context:
         # Addresses that hold the same rows share one mask. The tensors are kept with it, so that their ids stay theirs.
         key = (id(rows.step), id(keys.step), id(keys.valid), rows.narrowed)
         if key not in self.scratch:
-            self.scratch[key] = (visibility_mask(_sees(rows), rows.tags, keys), rows.step, keys)
+            rules = (_Steps(rows.visible), *rows.narrowed) if rows.masked else rows.narrowed
+            self.scratch[key] = (visibility_mask(rules, rows.tags, keys), rows.step, keys)
         return self.scratch[key][0]
 
     def _check(self, rows: Rows, keys: Tags, address: str) -> None:
@@ -335,19 +337,17 @@ class Context:
                              "dropped their keys must go through the call step by step (Rows.by_step)")
 
 
-def _sees(rows: Rows) -> Callable[[Tags, Tags], Tensor]:
-    """What some rows see: the steps that the visibility shows them, less what they were narrowed to."""
-    def sees(query: Tags, key: Tags) -> Tensor:
-        seen = rows.visible.sees(query.step, key.step) if rows.masked else _everything(query.step, key.step)
-        for rule in rows.narrowed:
-            seen = seen & rule.sees(query, key)
-        return seen
+@dataclass(frozen=True)
+class _Steps(Rule):
+    """What a plan's visibility shows."""
 
-    return sees
+    visible: Visibility
 
+    def marks(self, tags: Tags) -> Marks:
+        return (tags.step,)
 
-def _everything(query_step: Tensor, key_step: Tensor) -> Tensor:
-    return (query_step == query_step) & (key_step == key_step)
+    def shown(self, device: torch.device) -> Callable[[Marks, Marks], Tensor]:
+        return lambda query, key: self.visible.sees(query[0], key[0])
 
 
 def _leading(mask: Any, count: int) -> Any:

@@ -13,17 +13,10 @@ from torch import Tensor
 
 from nextscale.canvas import Canvas
 from nextscale.errors import InputError
+from nextscale.layers.attention import Rule
 from nextscale.layers.memory import Memory, Tags
 from nextscale.noise import Noise
 from nextscale.plan import Plan, Span, Visibility, places
-
-
-class Narrowing(Protocol):
-    """A rule that hides keys beside the visibility, such as a window. It is hashable: equal rules share a mask."""
-
-    def sees(self, query: Tags, key: Tags) -> Tensor:
-        """Boolean tensor, the broadcast of the two rows' tags: may the one see the other?"""
-        ...
 
 
 @dataclass(frozen=True)
@@ -44,12 +37,12 @@ class Rows:
     visible: Visibility
     masked: bool
     cond: Any = None
-    narrowed: tuple[Narrowing, ...] = ()
+    narrowed: tuple[Rule, ...] = ()
 
     def __len__(self) -> int:
         return self.step.shape[1]
 
-    def narrow(self, rule: Narrowing) -> Rows:
+    def narrow(self, rule: Rule) -> Rows:
         """The same rows, which see only what this rule shows, too."""
         return replace(self, narrowed=(*self.narrowed, rule))
 

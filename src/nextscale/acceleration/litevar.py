@@ -19,7 +19,7 @@ The paper came without code: the window's rule and the choice of layers follow i
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -34,7 +34,7 @@ from nextscale.acceleration.memory_policy import MemoryPolicy
 from nextscale.context import Attend, Context, Hook, overrides
 from nextscale.errors import InputError
 from nextscale.layers import quantised
-from nextscale.layers.attention import attention, pairs
+from nextscale.layers.attention import Marks, Rule, attention, pairs
 from nextscale.layers.memory import Tags
 from nextscale.plan import Plan
 from nextscale.run import At, Rows
@@ -44,7 +44,7 @@ KEPT = ("mlp.contract",)
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Rule):
     """The rule of the window: who sees whom among the cells of a plan with these grids (h, w).
 
     reach: of the rows of every step, as a share of the map, 1 for all of it; dense: grids of at most that many cells a
@@ -55,11 +55,15 @@ class Window:
     reach: tuple[float, ...]
     dense: int = 4
 
-    def sees(self, query: Tags, key: Tags) -> Tensor:
-        """Boolean tensor, the broadcast of the tags: is the key's cell in the query's window?"""
-        high_NN, wide_NN, start_K2 = _tables(self, query.step.device)
-        at, to = start_K2[query.step.long()] + query.cell[..., 1:], start_K2[key.step.long()] + key.cell[..., 1:]
-        return high_NN[at[..., 0], to[..., 0]] & wide_NN[at[..., 1], to[..., 1]]
+    def marks(self, tags: Tags) -> Marks:
+        """The line that a row lies on, on either axis, among those of all steps."""
+        starts = _tables(self, tags.step.device)[2:]
+        return tuple(start_K[tags.step.long()] + tags.cell[..., 1 + axis] for axis, start_K in enumerate(starts))
+
+    def shown(self, device: torch.device) -> Callable[[Marks, Marks], Tensor]:
+        """Whether the key's line is in the query's window, on both axes."""
+        high_NN, wide_NN, _, _ = _tables(self, device)
+        return lambda query, key: high_NN[query[0], key[0]] & wide_NN[query[1], key[1]]
 
     @cached_property
     def covers(self) -> tuple[bool, ...]:
@@ -103,11 +107,11 @@ class Window:
 
 
 @lru_cache(maxsize=256)
-def _tables(window: Window, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The lines that see each other on either axis, and the first line of every step, (K, 2)."""
+def _tables(window: Window, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lines that see each other on either axis, and the first line of every step, (K,), on either."""
     with torch.inference_mode(False):
-        start_K2 = (window.sides.cumsum(1) - window.sides).T.contiguous()
-        return window.lines(0).to(device), window.lines(1).to(device), start_K2.to(device)
+        high_K, wide_K = window.sides.cumsum(1) - window.sides
+        return window.lines(0).to(device), window.lines(1).to(device), high_K.to(device), wide_K.to(device)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@ norms, and rotary positions whose corners are the same at every scale."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from nextscale.context import Context
 from nextscale.errors import InputError
 from nextscale.generators.infinity import InfinityGenerator, RotarySelfAttention, TextAttention
 from nextscale.generators.var import Block, Product, VARGenerator, VARGeneratorConfig
+from nextscale.layers.attention import Marks, Rule
 from nextscale.layers.memory import Tags
 from nextscale.layers.mlp import drop_path
 from nextscale.layers.norms import layer_norm
@@ -144,11 +145,14 @@ class STARGenerator(InfinityGenerator):
 
 
 @dataclass(frozen=True)
-class OwnStepAndText:
+class OwnStepAndText(Rule):
     """A rule that shows rows those of their own step and those of step 0, which see everything."""
 
-    def sees(self, query: Tags, key: Tags) -> Tensor:
-        return (query.step == key.step) | (query.step == 0) | (key.step == 0)
+    def marks(self, tags: Tags) -> Marks:
+        return (tags.step,)
+
+    def shown(self, device: torch.device) -> Callable[[Marks, Marks], Tensor]:
+        return lambda query, key: (query[0] == key[0]) | (query[0] == 0) | (key[0] == 0)
 
 
 class StableSampler(nn.Module):

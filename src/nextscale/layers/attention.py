@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,37 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from nextscale.layers.bf16_training import UnitHeads, trains_in_bf16_on_cpu
 from nextscale.layers.memory import Tags
 
-Sees = Callable[[Tags, Tags], Tensor]
+Marks = tuple[Tensor, ...]
+"""Numbers of rows that a rule goes by, each of the shape of the rows' steps."""
+
+GRAPHS = 4096
+"""Shapes that FlexAttention may be compiled for: every step of every plan, batch and mask is one, and beyond the
+compiler's own limit of 8 it would be left as it is, with all scores in memory."""
 
 SHORT = 256
 """Keys up to which training on a CPU multiplies out the scores: the fused kernel's backward pass is slower there
 (138 ms against 84 ms of one core for 32 sequences of 130, forward and backward in bf16)."""
+
+
+class Rule(ABC):
+    """Who sees whom among rows that carry tags. It is hashable: equal rules share a mask.
+
+    In two parts, since a kernel asks for one pair of rows at a time and compiles the answer: what can be known of a row
+    by itself is worked out before (``marks``), and what is left (``shown``) takes single numbers, and no vectors.
+    """
+
+    @abstractmethod
+    def marks(self, tags: Tags) -> Marks:
+        """What the rule goes by."""
+
+    @abstractmethod
+    def shown(self, device: torch.device) -> Callable[[Marks, Marks], Tensor]:
+        """What tells by the marks of a query and of a key, which broadcast, whether the one sees the other: a function
+        of element-wise operations and of look-ups in tables that it holds on the device."""
+
+    def sees(self, query: Tags, key: Tags) -> Tensor:
+        """Boolean tensor, the broadcast of the two rows' tags: may the one see the other?"""
+        return self.shown(query.step.device)(self.marks(query), self.marks(key))
 
 
 def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, scale: float | None = None,
@@ -30,13 +57,13 @@ def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, 
     with torch's generator, the others growing in their place.
     """
     if dropout and mask is not None and not isinstance(mask, Tensor):  # which FlexAttention can't do
-        mask = create_mask(mask.mask_mod, None, None, q_RHLE.shape[2], k_RHNE.shape[2], q_RHLE.device.type)
+        mask = create_mask(mask.mask_mod, None, None, q_RHLE.shape[2], k_RHNE.shape[2], q_RHLE.device)
     if mask is None or isinstance(mask, Tensor):
         if q_RHLE.device.type == "cpu" and q_RHLE.requires_grad and k_RHNE.shape[2] <= SHORT \
                 and not dropout and not torch.compiler.is_compiling():
             return _Explicit.apply(q_RHLE, k_RHNE, v_RHNE, mask, q_RHLE.shape[-1]**-0.5 if scale is None else scale)
         return F.scaled_dot_product_attention(q_RHLE, k_RHNE, v_RHNE, attn_mask=mask, dropout_p=dropout, scale=scale)
-    flexible: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    flexible: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     return flexible(q_RHLE, k_RHNE, v_RHNE, block_mask=mask, scale=scale)
 
 
@@ -87,34 +114,62 @@ def unit_heads(qkv_RLC: Tensor, gain_1H11: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 @functools.lru_cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention, compiled for every shape that comes; an error where it can't be, since as it is it would be slow
+    and keep all scores."""
+    limited: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False, backend=backend)
+
+    def called(*given: Any, **options: Any) -> Tensor:
+        # While it runs alone: the limits are everybody's.
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+            out: Tensor = limited(*given, **options)
+        return out
+
+    return called
 
 
-def visibility_mask(sees: Sees, query: Tags, key: Tags) -> Any:
-    """The mask of rows that carry tags, in the form that the device computes fastest.
+def visibility_mask(rules: Sequence[Rule], query: Tags, key: Tags) -> Any:
+    """The mask of what all of some rules show of rows that carry tags, in the form that the device computes fastest.
 
-    ``sees(query, key)`` broadcasts over tags; query's are (1|R, L), key's (1|R, N) or, where heads have other keys,
-    (R, H, N); keys that don't count (``key.valid``) are hidden. On CUDA, where all rows share their tags, a
-    FlexAttention block mask, which skips the blocks that nothing sees; else booleans (1|R, 1|H, L, N).
+    The query's tags are (1|R, L), the key's (1|R, N) or, where heads have other keys, (R, H, N); keys that don't count
+    (``key.valid``) are hidden. On CUDA, where all rows share their tags, a FlexAttention block mask, which skips the
+    blocks that nothing sees; else booleans (1|R, 1|H, L, N).
     """
     if query.step.device.type == "cuda" and key.valid is None and key.step.ndim == 2 \
             and max(len(tags) for tags in (query.step, query.cell, key.step, key.cell)) == 1:
-        return block_mask(sees, query, key)
-    return dense_mask(sees, query, key)
+        return block_mask(rules, query, key)
+    return dense_mask(rules, query, key)
 
 
-def dense_mask(sees: Sees, query: Tags, key: Tags) -> Tensor:
+def dense_mask(rules: Sequence[Rule], query: Tags, key: Tags) -> Tensor:
     """The same as booleans (1|R, 1|H, L, N)."""
-    mask = sees(*pairs(query, key))
+    of_query, of_key = pairs(query, key)
+    mask = _everything(of_query.step, of_key.step)
+    for rule in rules:
+        mask = mask & rule.sees(of_query, of_key)
     return mask if key.valid is None else mask & by_head(key.valid)[:, :, None]
 
 
-def block_mask(sees: Sees, query: Tags, key: Tags) -> BlockMask:
+def block_mask(rules: Sequence[Rule], query: Tags, key: Tags) -> BlockMask:
     """The same as a FlexAttention block mask, of tags (1, L) and (1, N) that the whole batch shares."""
-    q_step, q_cell, k_step, k_cell = query.step[0], query.cell[0], key.step[0], key.cell[0]
-    return create_block_mask(lambda b, h, i, j: sees(Tags(q_step[i], q_cell[i]), Tags(k_step[j], k_cell[j])),
-                             None, None, len(query), len(key), device=q_step.device.type)
+    device = query.step.device
+    parts = [(rule.shown(device), _flat(rule.marks(query)), _flat(rule.marks(key))) for rule in rules]
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = _everything(i, j)
+        for shown, of_query, of_key in parts:
+            seen = seen & shown(tuple(mark[i] for mark in of_query), tuple(mark[j] for mark in of_key))
+        return seen
+
+    return create_block_mask(sees, None, None, len(query), len(key), device=device)
+
+
+def _flat(marks: Marks) -> Marks:
+    return tuple(mark.reshape(-1).contiguous() for mark in marks)
+
+
+def _everything(query: Tensor, key: Tensor) -> Tensor:
+    return (query == query) & (key == key)
 
 
 def pairs(query: Tags, key: Tags) -> tuple[Tags, Tags]:
