@@ -92,6 +92,7 @@ ARMS: dict[str, Arm] = {
     **{f"var-{seed}": Arm("var", "residual", BODY, GUIDED, seed=seed) for seed in range(3)},
     "hmar": Arm("hmar", "residual", {**BODY, "depth": 4, "mask_blocks": 1}, GUIDED),
     "srdd": Arm("srdd", "residual", BODY, GUIDED),
+    "srdd-equal": Arm("srdd", "residual", BODY, GUIDED, {"step_weights": "equal"}),
     "srdd-window-1": Arm("srdd", "residual", {**BODY, "window": 1}, GUIDED),
     "m-var": Arm("m_var", "residual", {**BODY, "depth": 3, "width": 192, "heads": 3}, GUIDED),
     "var-deeper": Arm("var", "residual", {**BODY, "depth": 5}, GUIDED),
