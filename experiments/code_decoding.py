@@ -4,7 +4,7 @@
         --judge resnet20.safetensors --out runs/code [--minutes 30] [--tune-minutes 8] [--count 1000] [--threads 2]
 
 Both networks train the same minutes on the codes of one tokenizer, the recipe cifar-10-tokenizer's (32 pixels, grids
-1 to 8). Then every pair is measured, without training: nats a token of test pictures, Fréchet distance to them and
+1 to 8), unless ``--wide`` names a VAR that was trained longer. Then every pair is measured, without training: nats a token of test pictures, Fréchet distance to them and
 class agreement of samples by the judge, and the arithmetic and memory as shares of the wide network's. "Turned" pairs
 have the narrow network draft and the wide one refine: the paper says that this helps little. At last one pair is tuned
 by the two losses, the refiner first, since its teacher is the drafter. What is done is skipped, what was stopped goes
@@ -97,8 +97,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def run(given: argparse.Namespace) -> str:
-    folders = {name: train(name, given, given.minutes, 1e-3, tokenizer=given.tokenizer, generator=sizes)
-               for name, sizes in SIZES.items()}
+    given_folders = {"wide": given.wide} if given.wide else {}
+    folders = {name: given_folders.get(name) or train(name, given, given.minutes, 1e-3, tokenizer=given.tokenizer,
+                                                      generator=sizes) for name, sizes in SIZES.items()}
     networks = {name: nextscale.load(str(folder), device="cpu") for name, folder in folders.items()}
     plan, sizes = networks["wide"].plan, {name: (size["depth"], size["width"]) for name, size in SIZES.items()}
 
@@ -131,6 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="runs/cifar-10-tokenizer/tokenizer")
     parser.add_argument("--minutes", type=float, default=30.0, help="of either network's training")
     parser.add_argument("--tune-minutes", type=float, default=8.0, help="of either part's tuning")
+    parser.add_argument("--wide", type=Path, help="a VAR of the wide network's size, longer trained, in its place")
     parser.add_argument("--draft-steps", type=int, default=3, help="of the pair that is tuned")
     parser.add_argument("--count", type=int, default=1000, help="samples to measure")
     parser.add_argument("--held-out", type=int, default=400, help="pictures to score")
