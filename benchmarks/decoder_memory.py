@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.evaluation.cost import LiveBytes
+from nextscale.evaluation.flops import counted_flops
 from nextscale.sampling.memory_plan import decoder_bytes
 from nextscale.systems import folders
 from nextscale.tokenizers.autoencoder import Decoder
@@ -22,9 +22,9 @@ from nextscale.tokenizers.strips import ROWS, decode_in_strips
 
 def measure(decoder: Decoder, features: torch.Tensor, rows: int | None) -> tuple[int, int]:
     """Most bytes alive at once, and operations."""
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, LiveBytes() as live:
+    with torch.no_grad(), counted_flops() as flops, LiveBytes() as live:
         _ = decoder(features) if rows is None else decode_in_strips(decoder, features, rows)
-    return live.peak, flops.get_total_flops()
+    return live.peak, flops.total
 
 
 def main() -> None:

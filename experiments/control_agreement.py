@@ -3,7 +3,7 @@
     python experiments/control_agreement.py --data cifar10/ train car --minutes 45       # resumes runs/control/car
     python experiments/control_agreement.py --data cifar10/ train scalar --minutes 45
     python experiments/control_agreement.py --data cifar10/ measure car scalar --count 512 --set temperature=0.3
-    python experiments/control_agreement.py cost
+    python experiments/control_agreement.py cost [--size car-d16]
 
 ``--data`` is the folder of CIFAR-10's train.parquet and test.parquet, ``--base`` the VAR of recipe cifar-10-generator.
 ``train`` trains the control part alone, the base stays as it is; minutes are of the processor's time. ``measure``
@@ -11,7 +11,7 @@ draws one picture for every one of some test pictures, with their labels and edg
 against the picture's own edges, and against those of another picture (shuffled). The same for pictures drawn by the
 shuffled edges, by none, and for the test pictures through the tokenizer, which no sample can be expected to beat. It
 also gives nats a token of the test pictures with the true, the shuffled and no control. ``cost`` counts multiplications
-of one training pass of a picture.
+of one training pass of a picture (``evaluation.flops``).
 """
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import nextscale
 from nextscale import hub
 from nextscale.cli.train import override, read_override
 from nextscale.configuration import build
-from nextscale.context import Hook
 from nextscale.data import open_dataset
 from nextscale.data.controls import make_controls
 from nextscale.data.sheets import save_image, sheet
 from nextscale.evaluation.controls import edge_agreement
+from nextscale.evaluation.flops import counted_flops
 from nextscale.evaluation.sets import to_bytes
 from nextscale.systems import folders
 from nextscale.systems.controlled import ControlledSystem
@@ -119,29 +118,28 @@ def measure(name: str, model: Path, data: Path, count: int, changes: dict[str, A
     return found
 
 
-def cost(systems: list[str], base: Path) -> dict[str, Any]:
-    """Multiplications of a teacher-forced pass of one picture, in units of the base's: the control's share of it, and
-    weights. SCALAR's encoder is counted by itself, since it looks once a picture, whatever the steps."""
-    found: dict[str, Any] = {}
-    for name in systems:
-        system = built(name, base)
-        tokens = [torch.zeros(1, step.rows, dtype=torch.int64) for step in system.plan]
-        maps = torch.zeros(1, 1, *system.tokenizer.picture_size, dtype=torch.uint8)
-
-        def count(hooks: list[Hook], system: Any = system, tokens: list[Tensor] = tokens) -> int:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                system.hooked_loss(tokens, torch.zeros(1, len(system.config.classes), dtype=torch.int64), hooks, 0.0)
-            return counter.get_total_flops()
-
-        with FlopCounterMode(display=False) as looking, torch.no_grad():
-            hook = system.attach(maps)
-        alone, whole = count([]), count([hook])
-        weights = sum(p.numel() for p in system.control.parameters())
-        trained = sum(p.numel() for p in system.generator.parameters())
-        found[name] = {"base_multiplications": alone // 2, "control_over_base": (whole - alone) / alone,
-                       "encoder_over_base": looking.get_total_flops() / alone, "control_weights": weights,
-                       "control_weights_over_base": weights / trained}
-    return found
+@torch.no_grad()
+def cost(system: Any) -> dict[str, Any]:
+    """Multiplications of a teacher-forced pass of one picture, in units of the base's: what the control adds to it, and
+    what its encoder takes to look at the map, once a picture, whatever the steps."""
+    tokens = [torch.zeros(1, step.rows, dtype=torch.int64) for step in system.plan]
+    labels = torch.zeros(1, len(system.config.classes), dtype=torch.int64)
+    maps = torch.zeros(1, 1, *system.tokenizer.picture_size, dtype=torch.uint8)
+    found = []
+    for hooked in (False, True):
+        with counted_flops() as flops:
+            system.hooked_loss(tokens, labels, [system.attach(maps)] if hooked else [], 0.0)
+        found.append(flops.total)
+    with counted_flops() as looking:
+        system.attach(maps)
+        if system.config.slug == "car":  # whose hook looks where it is first asked for what it saw
+            system.control.encode(maps)
+    alone, added = found[0], found[1] - found[0]
+    weights = sum(p.numel() for p in system.control.parameters())
+    trained = sum(p.numel() for p in system.generator.parameters())
+    return {"base_multiplications": alone // 2, "control_over_base": (added - looking.total) / alone,
+            "encoder_over_base": looking.total / alone, "together_over_base": added / alone,
+            "control_weights": weights, "control_weights_over_base": weights / trained}
 
 
 def built(name: str, base: Path) -> Any:
@@ -151,6 +149,15 @@ def built(name: str, base: Path) -> Any:
     control = build(type(kind.config_type().control), recipe_of(name, base)["control"], "recipe.control")
     shared = {"tokenizer": config.tokenizer, "generator": config.generator, "classes": config.classes}
     return kind(kind.config_type(**shared, control=control)).eval()
+
+
+def preset(name: str) -> Any:
+    """A published size, with whatever was in memory for weights."""
+    config = folders.model_config(name)
+    if config is None:
+        raise SystemExit(f"{name!r} is no published size; `nextscale models` lists them")
+    with hub.WithoutInitialisation():
+        return folders.build_system(config).eval()
 
 
 def main() -> None:
@@ -169,12 +176,14 @@ def main() -> None:
     measuring.add_argument("--count", type=int, default=512, help="test pictures")
     measuring.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                            help="other settings of the sampler, such as temperature=0.3 or control_scale=3")
-    commands.add_parser("cost")
+    costing = commands.add_parser("cost")
+    costing.add_argument("--size", help="a published one, such as car-d16, in the place of both on --base")
     given = parser.parse_args()
     if given.command == "train":
         train(given.system, given.base, given.data, given.minutes, given.set, given.runs / (given.name or given.system))
     elif given.command == "cost":
-        print(json.dumps(cost(["car", "scalar"], given.base), indent=1))
+        systems = [preset(given.size)] if given.size else [built(name, given.base) for name in ("car", "scalar")]
+        print(json.dumps({given.size or system.config.slug: cost(system) for system in systems}, indent=1))
     else:
         for name in given.systems:
             model = given.runs / name / "model"

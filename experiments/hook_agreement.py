@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import nextscale
 from nextscale.cli.options import make_hooks
 from nextscale.context import Hook
 from nextscale.data import open_dataset
 from nextscale.errors import NextscaleError
+from nextscale.evaluation.flops import counted_flops
 from nextscale.heads.categorical import token_log_prob
 from nextscale.noise import Keyed
 from nextscale.objectives.reconstruction import psnr
@@ -37,25 +37,16 @@ from nextscale.sampling.guidance import Unguided
 from nextscale.sampling.steps import evaluator, prepare, walked
 
 
-def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *given: Any, **more: Any) -> int:
-    """Of attention by a fused kernel on a CPU, which torch doesn't count, from shapes (R, H, L, E)."""
-    rows, heads, length, width = q
-    return 2 * rows * heads * length * k[2] * (width + v[3])
-
-
-COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-
-
 @torch.no_grad()
 def draw(system: Any, labels: Sequence[Any], seed: int, hooks: Sequence[Hook]) -> tuple[Run, Tensor, int]:
     """A run to its end, its pictures in [-1, 1], and what the network computed."""
     used = system.settings_for("pictures", {})
     guidance = system.guidance(used)
     run = system.start(system.label_rows(labels), guidance, Keyed.from_seeds(range(seed, seed + len(labels))))
-    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+    with counted_flops() as flops:
         for _ in system.loop(run, guidance, used, hooks, None):
             pass
-    return run, system.tokenizer.decode(run.canvas), counter.get_total_flops()
+    return run, system.tokenizer.decode(run.canvas), flops.total
 
 
 @torch.no_grad()

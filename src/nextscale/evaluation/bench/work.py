@@ -3,7 +3,8 @@
 Counted are *products*: matrix products, convolutions and attention. A multiply-add is two operations; attention takes
 4 E for every head and pair of a row and a key that it may see (arXiv 2205.14135, section 3). A product moves the bytes
 of what it reads and of what it writes. Everything else (norms, sums, sorting) is left out: a machine that
-fused it all away would still have to do the products.
+fused it all away would still have to do the products. Where a kernel of this library needs fewer of them than the
+method says (``layers.winograd``), the fewer are counted: ``evaluation.flops`` counts the method's.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nextscale.evaluation.bench.recorder import Recorder, recorded
 from nextscale.evaluation.cost import LiveBytes
+from nextscale.evaluation.flops import attention_pairs, linear_flops
 from nextscale.layers.attention import dense_mask
 
 _PACKED = "mkldnn._linear_pointwise"
@@ -139,7 +141,7 @@ class Ledger(LiveBytes, Recorder):
             args = (*(() if bias is None else (bias,)), Like((rows, inner), (inner, 1), x.dtype),
                     Like((inner, width), (1, inner), x.dtype))
             kwargs = {}
-            flops, written = 2 * rows * inner * width, rows * width * x.element_size()
+            flops, written = linear_flops(x.shape, out_shape=out.shape), rows * width * x.element_size()
         else:
             flops, written = int(flop_registry[packet](*args, **kwargs, out_val=found)), out.nbytes
         given = tuple(_like(arg) for arg in args)
@@ -170,12 +172,7 @@ class _Attentions(TorchFunctionMode):
             found = q.new_empty((*q.shape[:-1], v.shape[-1])) if q.is_meta else func(*args, **kwargs)
         finally:
             self.ledger.inside_attention = False
-        pairs = math.prod(q.shape[:-1]) * k.shape[-2]
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        seen = pairs
-        if mask is not None and not mask.is_meta:
-            visible = mask if mask.dtype == torch.bool else mask > -torch.inf
-            seen = round(int(visible.sum()) * pairs / visible.numel())
+        seen, pairs = attention_pairs(q, k, kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
         work = self.ledger.work
         if self.ledger.stack[-1] != "decode":
             work.pairs, work.computed_pairs = work.pairs + seen, work.computed_pairs + pairs
