@@ -3,12 +3,13 @@
     python experiments/code_decoding.py --data cifar10/train.parquet --test cifar10/test.parquet \\
         --judge resnet20.safetensors --out runs/code [--minutes 30] [--tune-minutes 8] [--count 1000] [--threads 2]
 
-Both networks train the same minutes on the codes of one tokenizer, the recipe cifar-10-tokenizer's (32 pixels, grids
-1 to 8), unless ``--wide`` names a VAR that was trained longer. Then every pair is measured, without training: nats a token of test pictures, Fréchet distance to them and
-class agreement of samples by the judge, and the arithmetic and memory as shares of the wide network's. "Turned" pairs
-have the narrow network draft and the wide one refine: the paper says that this helps little. At last one pair is tuned
-by the two losses, the refiner first, since its teacher is the drafter. What is done is skipped, what was stopped goes
-on. Writes ``table.md``. Minutes are of the processor's time (``clock: processor``).
+Both networks train the same minutes on the codes of one tokenizer, the recipe cifar-10-tokenizer's (32 pixels, grids 1
+to 8), unless ``--wide`` names a VAR that was trained longer. Then every pair is measured, without training: nats a
+token of test pictures, Fréchet distance to them and class agreement of samples by the judge, and the arithmetic and
+memory as shares of the wide network's. "Turned" pairs have the narrow network draft and the wide one refine: the paper
+says that this helps little. At last one pair is tuned by the two losses, the refiner first, since its teacher is the
+drafter. What is done is skipped, what was stopped goes on. Writes ``table.md``. Minutes are of the processor's time
+(``clock: processor``).
 """
 from __future__ import annotations
 
