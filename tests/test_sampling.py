@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, emoji, tiny_var
 from torch import Tensor
@@ -17,7 +17,7 @@ from nextscale.context import Hook
 from nextscale.errors import InputError
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Run, Sample
-from nextscale.sampling.filters import Temperature, TopK, TopP, make_filters
+from nextscale.sampling.filters import PerStep, Temperature, TopK, TopP, make_filters
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided, make_guidance
 from nextscale.systems.var import VAR, preset_config
 
@@ -190,6 +190,35 @@ def test_top_p_behind_top_k_only_narrows_what_is_left() -> None:
             assert torch.equal(left[torch.from_numpy(np.isfinite(naive))], by_both[i, j].isfinite().nonzero().flatten())
 
 
+@pytest.mark.parametrize("numpy", [True, False])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31), v=st.integers(1, 40), k=st.integers(1, 45), p=st.floats(1e-6, 1.0),
+       levels=st.sampled_from([0, 2, 5]), hidden=st.integers(0, 30))
+def test_top_p_of_the_k_likeliest_is_top_p_behind_top_k_to_the_bit(
+        monkeypatch: pytest.MonkeyPatch, numpy: bool, seed: int, v: int, k: int, p: float, levels: int,
+        hidden: int) -> None:
+    """With ties at either border, codes ruled out before, and k beyond what there is."""
+    monkeypatch.setattr("nextscale.sampling.filters._by_numpy", lambda logits: numpy)
+    logits = 2 * torch.randn(2, 3, v, generator=torch.Generator().manual_seed(seed))
+    if levels:
+        logits = (logits * levels / 4).round()
+    logits[0, 1, v - min(hidden, v - 1):] = -torch.inf
+    before = logits.clone()
+    assert torch.equal(TopP(p, k)(logits, AT), TopP(p)(TopK(k)(logits, AT), AT))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_published_settings_keep_the_same_codes_of_whole_vocabularies(
+        monkeypatch: pytest.MonkeyPatch, numpy: bool) -> None:
+    """Where sums are long enough to round: every border case falls as it does behind a whole sort."""
+    monkeypatch.setattr("nextscale.sampling.filters._by_numpy", lambda logits: numpy)
+    logits = 3 * torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))
+    for values in (logits, (8 * logits).round() / 8):  # the latter has ties everywhere
+        for p in (0.5, 0.95, 0.96, 0.999):
+            assert torch.equal(TopP(p, 900)(values, AT), TopP(p)(TopK(900)(values, AT), AT))
+
+
 def test_top_p_keeps_the_best_of_every_row_and_filters_leave_their_input_alone() -> None:
     logits = torch.randn(2, 4, 20)
     before = logits.clone()
@@ -202,7 +231,10 @@ def test_top_p_keeps_the_best_of_every_row_and_filters_leave_their_input_alone()
 
 def test_settings_become_filters_in_order() -> None:
     assert make_filters() == () == make_filters(1.0, 0, 0.0)
-    assert make_filters(0.5, 3, 0.9) == (Temperature(0.5), TopK(3), TopP(0.9))
+    assert make_filters(0.5, 3, 0.9) == (Temperature(0.5), TopP(0.9, 3))
+    assert make_filters(top_k=3) == (TopK(3),) and make_filters(top_p=0.9) == (TopP(0.9),)
+    assert make_filters(top_k=(3, 5), top_p=0.9) == (PerStep((TopP(0.9, 3), TopP(0.9, 5))),)
+    assert make_filters(0.5, 3, 0.9, temperature_last=True) == (TopP(0.9, 3), Temperature(0.5))
     for bad in ({"temperature": 0.0}, {"temperature": -1.0}, {"top_k": -2}, {"top_p": 1.5}, {"top_p": -0.1},
                 {"top_p": float("nan")}):
         with pytest.raises(InputError):
