@@ -20,8 +20,9 @@ from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.noise import Keyed
 from nextscale.run import Call, Rows, Run
+from nextscale.sampling import filters
 from nextscale.sampling.filters import TopK, TopP
-from nextscale.sampling.graphs import CapturedSteps
+from nextscale.sampling.graphs import CapturedSteps, Family
 from nextscale.sampling.guidance import ClassifierFree
 from nextscale.sampling.steps import sample_steps
 from nextscale.systems.var import VAR
@@ -65,6 +66,12 @@ class Recorders:
         return recorder, hidden
 
 
+@pytest.fixture(autouse=True)
+def sorted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the recorder doesn't see NumPy."""
+    monkeypatch.setattr(filters, "_by_numpy", lambda logits: False)
+
+
 SYSTEMS: dict[str, Callable[[], Any]] = {
     "var": tiny_var, "one adaLN": lambda: tiny_var(shared_modulation=True), "flexvar": tiny_flexvar,
     "hmar in rounds": lambda: tiny_hmar(((1,), (2, 2), (5, 4), (8, 8))), "m_var": tiny_m_var, "xar": tiny_xar}
@@ -82,9 +89,7 @@ def test_replays_draw_what_plain_calls_draw(name: str) -> None:
     if name == "xar":  # whose conditions are more than a tensor
         assert not recorders.made
         return
-    steps = len(system.plan)
-    assert len(recorders.made) == steps + (3 if "hmar" in name else 0)  # a second graph where there are rounds
-    assert all(recorder.replays >= 3 for recorder in recorders.made)
+    assert [recorder.replays for recorder in recorders.made] == [3] * len(system.plan)  # whole steps, rounds and all
 
 
 def test_every_number_of_pictures_and_branches_has_graphs_of_its_own() -> None:
@@ -97,6 +102,120 @@ def test_every_number_of_pictures_and_branches_has_graphs_of_its_own() -> None:
     alone = system.generate([0, 1], seed=1, output="torch", hooks=[hook], guidance_scale=1.0)
     assert torch.equal(alone.tokens[-1], system.generate([0, 1], seed=1, guidance_scale=1.0).tokens[-1])
     assert len(recorders.made) == 12
+
+
+@pytest.mark.parametrize("options", [
+    {"top_k": 5, "top_p": 0.9, "temperature": 1.3}, {"guidance_schedule": "cosine"}, {"smooth": True},
+    {"temperatures": (1.0, 1.0, 0.9, 0.8)}], ids=str)
+def test_settings_are_part_of_a_whole_step(options: dict[str, Any]) -> None:
+    """Other settings have graphs of their own, and the smooth mode, whose codes lie elsewhere every time, those of the
+    network alone."""
+    system, recorders = tiny_var(), Recorders()
+    hook = CapturedSteps(recorders)
+    for seed, used in ((0, {}), (1, options), (2, {}), (3, options)):
+        found, wanted = (system.generate([0, 1], seed=seed, output="torch", hooks=hooks, **used)
+                         for hooks in ([hook], []))
+        assert all(torch.equal(a, b) for a, b in zip(found.tokens, wanted.tokens, strict=True))
+        torch.testing.assert_close(found.log_prob, wanted.log_prob)
+        torch.testing.assert_close(found.images, wanted.images, atol=1e-5, rtol=0)
+    assert [recorder.replays for recorder in recorders.made] == [2] * 8
+
+
+def test_a_whole_step_asks_for_nothing_but_copies_and_its_graph() -> None:
+    """Numbers are drawn once a run, and all else a replay does."""
+    system, hook, guidance = tiny_var(), CapturedSteps(Recorders()), ClassifierFree(2.0)
+
+    def operations(seed: int) -> list[int]:
+        run, counts = start(system, system.plan, guidance, seed=seed), []
+        steps = sample_steps(system, run, guidance, (TopK(9), TopP(0.9)), hooks=[hook])
+        with torch.no_grad():
+            for _ in system.plan:
+                with Recorder() as recorder:
+                    next(steps)
+                counts.append(len(recorder.operations))
+        return counts
+
+    operations(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "replay", lambda self: None)
+        first, *others = operations(1)
+    assert max(others) <= 12 and first > 100  # where the numbers of all steps are drawn
+
+
+def test_graphs_of_kinds_that_were_not_drawn_lately_are_given_up() -> None:
+    system, recorders = tiny_var(), Recorders()
+    hook = CapturedSteps(recorders, keep=2)
+    for pictures, made in ((1, 4), (2, 8), (1, 8), (3, 12), (1, 12), (2, 16)):
+        found, wanted = (system.generate([0] * pictures, seed=pictures, output="torch", hooks=hooks)
+                         for hooks in ([hook], []))
+        assert torch.equal(found.tokens[-1], wanted.tokens[-1]) and len(recorders.made) == made
+    assert len(hook._families) == 2
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_what_was_captured_in_inference_mode_serves_outside_of_it(first: Any) -> None:
+    system, guidance = tiny_var(), ClassifierFree(2.0)
+
+    class Even(Hook):
+        def logits(self, logits: Tensor, at: Any) -> Tensor:
+            return logits.index_fill(-1, torch.arange(1, 32, 2), -torch.inf)
+
+    for others in ([], [Even()]):
+        hook = CapturedSteps(Recorders())
+        for mode, seed in ((first, 0), (torch.no_grad, 1), (torch.inference_mode, 2), (torch.no_grad, 3)):
+            drawn = []
+            for hooks in ([hook], []):
+                with mode():
+                    run = start(system, system.plan, guidance, seed=seed)
+                    drawn.append(list(sample_steps(system, run, guidance, hooks=[*hooks, *others]))[-1].tokens)
+            assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_can_t_be_captured_is_drawn_as_ever(alone: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def refused(work: Callable[[], Any]) -> Any:
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    system, hook = tiny_var(), CapturedSteps(refused)
+    for seed in (0, 1):
+        found, wanted = (system.generate([0, 1], seed=seed, output="torch", hooks=hooks, smooth=alone)
+                         for hooks in ([hook], []))
+        assert all(torch.equal(a, b) for a, b in zip(found.tokens, wanted.tokens, strict=True))
+    assert "its capture failed (operation not permitted" in caplog.text
+
+
+def test_a_capture_is_made_and_replayed_on_the_run_s_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one: streams, graph and replay are of the device that is asked for."""
+    entered: list[Any] = []
+
+    class Fake:
+        def __init__(self, *given: Any, **options: Any):
+            self.given = (*given, *options.values())
+
+        def __enter__(self) -> None:
+            entered.append(self.given)
+
+        def __exit__(self, *error: object) -> None:
+            entered.pop()
+
+        def wait_stream(self, other: Fake) -> None:
+            assert entered[0] == (device,)
+
+        def replay(self) -> None:
+            replayed.append(list(entered))
+
+    device, replayed = torch.device("cuda:1"), list[Any]()
+    for name in ("device", "Stream", "stream", "graph", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    family, at = Family(), list[Any]()
+    graph, _ = CapturedSteps._cuda_capture(family, device, lambda: at.append(list(entered)))
+    assert [given[0] for given in at] == [(device,)] * 2 and len(at[0]) == len(at[1]) == 2
+    captured, pool, stream = at[1][1]
+    assert stream.given == (device,) and pool == family.pool == "pool" and isinstance(captured, Fake)
+    graph.replay()
+    assert replayed == [[(device,)]] and not entered
 
 
 def test_memory_is_allocated_once_for_all_runs() -> None:

@@ -42,6 +42,11 @@ class Hook:
         """What a step's calls are evaluated with: ``evaluate`` runs the network and settles the rows that stay."""
         return evaluate
 
+    def advance(self, choice: Any, run: Run, hooks: Sequence[Hook], step: Callable[[], None]) -> Callable[[], None]:
+        """What a step of a run is done with: ``step`` makes its call, lets ``choice`` (``sampling.steps.Choice``)
+        choose under all of the run's hooks, and writes."""
+        return step
+
     def inputs(self, run: Run, call: Call) -> Call:
         """The rows of a step before the network sees them."""
         return call

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from nextscale.canvas import Canvas
 from nextscale.errors import InputError
 from nextscale.layers.attention import Rule
 from nextscale.layers.memory import Memory, Tags
-from nextscale.noise import Noise
+from nextscale.noise import Keyed, Noise, Recorded
 from nextscale.plan import Plan, Span, Visibility, places
+
+AHEAD = 2**20
+"""Random words that a run draws at once at most: 25 MB while it does, 4 MB kept."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,16 @@ class Condition(Protocol):
         ...
 
 
+class Ahead(NamedTuple):
+    """Random numbers (B, L, width) of the rows of steps ``first`` up to ``last``, and what they were drawn from."""
+
+    numbers: Tensor
+    first: int
+    last: int
+    noise: Noise
+    order: Tensor
+
+
 def conditions(condition: Condition, branches: Sequence[str]) -> Any:
     """The conditions of all rows of a batch, branch-major."""
     found = [condition.branch(name) for name in branches]
@@ -187,7 +200,8 @@ class Run:
     so that a prefix, a prefill and a hand-over are just calls with more rows. ``reads`` holds the un-embedded input of
     every step up to the cursor (None for the first): it can't be had back from a canvas that was edited since.
     ``order`` is the cell of every row, (B|1, L, 3). ``carried``: what hooks hold a picture, (B, ...): forced tokens,
-    control maps, scores; unlike memory, which belongs to one network, it follows a hand-over.
+    control maps, scores; unlike memory, which belongs to one network, it follows a hand-over. ``ahead``: random numbers
+    that were drawn already, see ``uniform``; ``step_1L``: the step of every row.
     """
 
     plan: Plan
@@ -203,6 +217,12 @@ class Run:
     log_probs: list[Tensor] = field(default_factory=list)
     reads: list[Tensor | None] = field(default_factory=lambda: [None])
     carried: dict[str, Tensor] = field(default_factory=dict)
+    ahead: dict[tuple[str, int, int], Ahead] = field(default_factory=dict, repr=False, compare=False)
+    step_1L: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up before anything is compiled, since the compiler traces through what is cached.
+        self.step_1L = places(self.plan, self.device)[1]
 
     @classmethod
     def start(cls, plan: Plan, codec: Any, condition: Condition, branches: Sequence[str], noise: Noise,
@@ -233,13 +253,44 @@ class Run:
         """The conditions of all rows of the batch, branch-major."""
         return conditions(self.condition, self.branches)
 
+    def uniform(self, what: str, round: int = 0, width: int = 1) -> Tensor:
+        """Numbers in (0, 1) for the rows of the step under way, (B, L_k, width).
+
+        Where the noise is addressed, those of as many of the steps behind it as ``AHEAD`` allows are drawn with them
+        and kept: step by step, most of what a device is asked for outside the network would be this.
+        """
+        known = self.ahead.get((what, round, width))
+        if known is None or not known.first <= self.cursor < known.last or known.noise is not self.noise \
+                or known.order is not self.order:
+            known = self._drawn(what, round, width)
+        start, span = self.plan.starts[known.first], self.plan.span(self.cursor, self.cursor + 1)
+        return known.numbers[:, span.start - start:span.stop - start]
+
+    def _drawn(self, what: str, round: int, width: int) -> Ahead:
+        starts, first, last = self.plan.starts, self.cursor, self.cursor + 1
+        words = self.pictures * -(-width // 4) * 4
+        while isinstance(self.noise, Keyed) and last < len(self.plan) \
+                and (starts[last + 1] - starts[first]) * words <= AHEAD:
+            last += 1
+        span = self.plan.span(first, last)
+        found = Ahead(self.noise.uniform(what, self.step_1L[:, span], round, self.order[:, span], width), first, last,
+                      self.noise, self.order)
+        if (starts[last] - starts[first]) * words <= AHEAD:
+            self.ahead[what, round, width] = found
+        return found
+
+    @property
+    def exact(self) -> bool:
+        """Whether draws are those of a recorded run, to the last of float64's digits."""
+        return isinstance(self.noise, Recorded)
+
     def rows(self, first: int, last: int, keep: int | None = -1, cond: Any = None) -> Rows:
         """Rows of the steps ``first`` up to ``last``; by default all of them stay in memory.
 
         A mask is needed where a call holds several steps, or memory holds steps that the visibility hides.
         """
         span = self.plan.span(first, last)
-        step_1L = places(self.plan, self.device)[1][:, span]
+        step_1L = self.step_1L[:, span]
         previous = self.plan.visible.previous
         hidden = previous is not None and self.filled > 0 and first - previous > 0
         length = span.stop - span.start
@@ -298,7 +349,7 @@ class Run:
                        condition=self.condition.gather(items),
                        tokens=[t[items] for t in self.tokens], log_probs=[p[items] for p in self.log_probs],
                        reads=[None if r is None else r[items] for r in self.reads],
-                       carried={name: value[items] for name, value in self.carried.items()})
+                       carried={name: value[items] for name, value in self.carried.items()}, ahead={})
 
     def fork(self, copies: int) -> Run:
         """Every picture ``copies`` times, copies of one picture side by side."""

@@ -2,7 +2,7 @@
 2412.04431, section 3.2)."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ class BitwiseHead(LogitsHead):
         super().__init__(width, 2 * bits)
         self.bits, self.reduction = bits, reduction
 
+    @property
+    def replays(self) -> Hashable:
+        return self
+
     def forward(self, hidden: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         return super().forward(hidden, bias, gelu).float().unflatten(-1, (self.bits, 2))
 
@@ -42,13 +46,15 @@ class BitwiseHead(LogitsHead):
         """Draw every bit of every predicted position by one uniform number each."""
         outputs = self.outputs(evaluate(call)[:, call.predicts], run.branches)
         logits = self.distribution(outputs, run.at, guidance, filters)
-        span = run.plan.span(run.cursor, run.cursor + 1)
-        return self.draw(logits, run.noise, call.rows.step[:1, call.predicts], run.order[:, span])
+        return self.choose(logits, run.uniform("token", width=self.bits), run.exact)
 
     def draw(self, logits: Tensor, noise: Noise, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
         """The bits (B, L, d) of one token a position, at steps (B|1, L) and cells (B|1, L, 3)."""
-        uniform_BLd = noise.uniform("token", step, round, cells, self.bits)
-        tokens = inverse_cdf(logits, uniform_BLd, exact=isinstance(noise, Recorded)).bool()
+        return self.choose(logits, noise.uniform("token", step, round, cells, self.bits), isinstance(noise, Recorded))
+
+    def choose(self, logits: Tensor, uniform_BLd: Tensor, exact: bool = False) -> Sample:
+        """The same by given numbers in (0, 1), one a bit."""
+        tokens = inverse_cdf(logits, uniform_BLd, exact).bool()
         log_prob = self.log_prob(logits, tokens)
         return Sample(tokens, log_prob, (log_prob / self.bits).exp())
 

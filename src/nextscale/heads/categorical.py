@@ -1,7 +1,7 @@
 """The categorical head: hidden states to one of V codes a position, positions independent of each other."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch.nn.functional as F
@@ -20,6 +20,12 @@ Filter = Callable[[Tensor, At], Tensor]
 
 class LogitsHead(Linear):
     """A linear layer to logits, one row a position: what heads share that draw from a distribution."""
+
+    @property
+    def replays(self) -> Hashable:
+        """What tells whether two heads do the same work in a step of the same plan, so that one may be replayed in the
+        place of the other: no values asked for, nothing but ``Run.uniform`` drawn. None: it must be done anew."""
+        return None
 
     def outputs(self, hidden: Tensor, branches: Sequence[str]) -> dict[str, Tensor]:
         """The logits of every branch, (B, L, ..., V), from hidden states of all of them, branch-major."""
@@ -41,6 +47,10 @@ class CategoricalHead(LogitsHead):
     smooth mode); it is called as ``soft(logits, at, run)``.
     """
 
+    @property
+    def replays(self) -> Hashable:
+        return self
+
     def forward(self, hidden: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         return super().forward(hidden, bias, gelu).float()
 
@@ -60,14 +70,16 @@ class CategoricalHead(LogitsHead):
         """Draw every predicted position of a call by the inverse CDF of one uniform number each."""
         outputs = self.outputs(evaluate(call)[:, call.predicts], run.branches)
         logits = self.distribution(outputs, run.at, guidance, filters)
-        span = run.plan.span(run.cursor, run.cursor + 1)
-        sample = self.draw(logits, run.noise, call.rows.step[:1, call.predicts], run.order[:, span])
+        sample = self.choose(logits, run.uniform("token"), run.exact)
         return sample if soft is None else replace(sample, codes=soft(logits, run.at, run))
 
     def draw(self, logits: Tensor, noise: Noise, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
         """One token a position from logits (B, L, V), at steps (B|1, L) and cells (B|1, L, 3)."""
-        uniform_BL = noise.uniform("token", step, round, cells)[..., 0]
-        tokens = inverse_cdf(logits, uniform_BL, exact=isinstance(noise, Recorded))
+        return self.choose(logits, noise.uniform("token", step, round, cells), isinstance(noise, Recorded))
+
+    def choose(self, logits: Tensor, uniform_BL1: Tensor, exact: bool = False) -> Sample:
+        """The same by given numbers in (0, 1), one a position."""
+        tokens = inverse_cdf(logits, uniform_BL1[..., 0], exact)
         log_prob = self.log_prob(logits, tokens)
         return Sample(tokens, log_prob, log_prob.exp())
 

@@ -1,7 +1,7 @@
 """The head of HMAR (arXiv 2506.04421): a step's tokens are drawn at once, then the least confident ones again."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,10 @@ class MaskedRoundsHead(nn.Module):
     def log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return self.next.log_prob(logits, tokens)
 
+    @property
+    def replays(self) -> Hashable:
+        return self
+
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:
         """All tokens of a step at once, by the next-scale module."""
@@ -67,6 +71,10 @@ class InRounds:
                  each: Callable[[int, int, Tensor, Sample], None] | None = None, sighted: bool = True):
         self.head, self.counts, self.each, self.sighted = head, counts, each, sighted
 
+    @property
+    def replays(self) -> Hashable:
+        return None if self.each is not None else (self.head, tuple(map(tuple, self.counts)), self.sighted)
+
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:
         sample = self.head.next.sample(evaluate, call, run, guidance, filters, soft)
@@ -74,7 +82,6 @@ class InRounds:
         if call.known is not None:
             sample = call.known(sample)
         counts = self.counts[run.cursor]
-        span = run.plan.span(run.cursor, run.cursor + 1)
         assert sample.confidence is not None
         masked = ~sample.confidence.isinf()
         edited = ~masked.all(1, keepdim=True)
@@ -91,7 +98,7 @@ class InRounds:
             outputs = self.head.mask.outputs(hidden, run.branches)
             at = replace(run.at, round=round)
             logits = self.head.distribution(outputs, at, lambda found, at: found[run.branches[0]], filters)
-            drawn = self.head.mask.draw(logits, run.noise, call.rows.step[:1], run.order[:, span], round)
+            drawn = self.head.mask.choose(logits, run.uniform("token", round), run.exact)
             assert drawn.confidence is not None and drawn.log_prob is not None and sample.log_prob is not None
             sample = Sample(torch.where(masked, drawn.tokens, sample.tokens),
                             torch.where(masked, drawn.log_prob, sample.log_prob),

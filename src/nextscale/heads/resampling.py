@@ -1,7 +1,7 @@
 """Drawing a step's tokens again and keeping the likelier ones, a corrector step (SRDD, arXiv 2509.22636)."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,20 +30,22 @@ class Resampling:
                              "the probability from 0 to 1")
         self.head, self.rounds, self.below, self.each = head, rounds, below, each
 
+    @property
+    def replays(self) -> Hashable:
+        return None if self.each is not None else (self.head, self.rounds, self.below)
+
     def sample(self, evaluate: Evaluate, call: Call, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                soft: Callable[[Tensor, At, Run], Tensor] | None = None) -> Sample:
         outputs = self.head.outputs(evaluate(call)[:, call.predicts], run.branches)
         logits = self.head.distribution(outputs, run.at, guidance, filters)
-        step = call.rows.step[:1, call.predicts]
-        cells = run.order[:, run.plan.span(run.cursor, run.cursor + 1)]
-        sample = self.head.draw(logits, run.noise, step, cells)
+        sample = self.head.choose(logits, run.uniform("token"), run.exact)
         again = torch.ones_like(sample.tokens, dtype=torch.bool)
         each = self.each or (lambda *_: None)
         each(run.cursor, 0, again, sample)
         for round in range(1, self.rounds + 1):
             assert sample.confidence is not None and sample.log_prob is not None
             again = sample.confidence < self.below
-            drawn = self.head.draw(logits, run.noise, step, cells, round)
+            drawn = self.head.choose(logits, run.uniform("token", round), run.exact)
             assert drawn.confidence is not None and drawn.log_prob is not None
             better = again & (drawn.confidence > sample.confidence)
             sample = Sample(torch.where(better, drawn.tokens, sample.tokens),

@@ -93,12 +93,12 @@ class InStableRounds:
             logits = base if drafted else self.logits(run, hidden, call.rows.cond, sample.tokens, known, step, cells,
                                                       guidance, filters, round)
             assert logits is not None
-            drawn = self.head.base.draw(logits, run.noise, step, cells, round)
+            drawn = self.head.base.choose(logits, run.uniform("token", round), run.exact)
             assert drawn.confidence is not None
             before = known
             if drafted:
                 known = known | most(drawn.confidence, count)
-            order = run.noise.uniform("reveal", step, round, cells)[..., 0] if chance else drawn.confidence
+            order = run.uniform("reveal", round)[..., 0] if chance else drawn.confidence
             known = known | most(order.masked_fill(known, -1.0), count)
             new = known & ~before
             sample = Sample(*(torch.where(new, ours, theirs) for ours, theirs in (  # type: ignore[arg-type]

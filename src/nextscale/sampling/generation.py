@@ -15,7 +15,6 @@ from torch import Tensor
 from nextscale.context import Hook, overrides
 from nextscale.data.images import to_pil
 from nextscale.errors import InputError, did_you_mean
-from nextscale.plan import places
 from nextscale.run import At, Run
 
 if TYPE_CHECKING:
@@ -164,9 +163,7 @@ def smooth_codes(codebook_VC: Tensor) -> Callable[[Tensor, At, Run], Tensor]:
     h = softmax((logits (1 + r) + gumbel) / tau) codebook, r = k / (K - 1), tau = max(0.27 (1 - 0.95 r), 0.005).
     """
     def soft(logits: Tensor, at: At, run: Run) -> Tensor:
-        span = run.plan.span(at.step, at.step + 1)
-        step_1L = places(run.plan, logits.device)[1][:, span]
-        u = run.noise.uniform("gumbel", step_1L, 0, run.order[:, span], width=logits.shape[-1])
+        u = run.uniform("gumbel", width=logits.shape[-1])
         tau = max(0.27 * (1 - 0.95 * at.progress), 0.005)
         gumbel = -torch.log(-torch.log(u))
         return F.softmax((logits * (1 + at.progress) + gumbel) / tau, -1) @ codebook_VC.float()

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,6 +20,23 @@ class Model(Protocol):
     head: Any
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What chooses the tokens of a step, hooks aside."""
+
+    generator: Any
+    head: Any
+    guidance: Guidance
+    filters: tuple[Filter, ...] = ()
+    soft: Callable[[Tensor, At, Run], Tensor] | None = None
+
+    def sample(self, evaluate: Callable[[Call], Tensor], call: Call, run: Run) -> Sample:
+        """The tokens of a call that ``evaluate`` asks the network for."""
+        options = {} if self.soft is None else {"soft": self.soft}
+        found: Sample = self.head.sample(evaluate, call, run, self.guidance, self.filters, **options)
+        return found
+
+
 def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[Filter] = (),
                  hooks: Sequence[Hook] = (), soft: Callable[[Tensor, At, Run], Tensor] | None = None,
                  until: int | None = None, check: bool = False) -> Iterator[Run]:
@@ -31,7 +48,7 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
     """
     prepare(model, run.plan, hooks)
     guidance, filters = hooked(guidance, filters, hooks, run)
-    kwargs = {} if soft is None else {"soft": soft}
+    choice = Choice(model.generator, model.head, guidance, tuple(filters), soft)
     last = walked(run.plan, hooks) if until is None else min(until, walked(run.plan, hooks))
     knowing = [hook for hook in hooks if overrides(hook, "tokens")]
 
@@ -40,15 +57,19 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
             sample = hook.tokens(run, sample)
         return sample
 
-    while run.cursor < last:
+    def advance() -> None:
         call: Call = model.generator.call(run)
         if knowing:
             call = replace(call, known=known)
         for hook in hooks:
             call = hook.inputs(run, call)
-        sample: Sample = model.head.sample(evaluator(model.generator, run, hooks, check), call, run, guidance,
-                                           filters, **kwargs)
-        run.write(known(sample))
+        run.write(known(choice.sample(evaluator(model.generator, run, hooks, check), call, run)))
+
+    step: Callable[[], None] = advance
+    for hook in hooks:
+        step = hook.advance(choice, run, hooks, step)
+    while run.cursor < last:
+        step()
         for hook in hooks:
             hook.end(run, run.cursor - 1)
         yield run
