@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_graphs import Recorders
 from tiny import AUTOENCODER, tiny_var
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +20,7 @@ from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.evaluation.bench import cold, machine
 from nextscale.evaluation.bench import drawing as bench
+from nextscale.evaluation.bench import measure as measuring
 from nextscale.evaluation.bench.baseline import baseline_of, liven, uniforms_of
 from nextscale.evaluation.bench.clock import Clock, now_of
 from nextscale.evaluation.bench.drawing import Drawing, Settings, count_plan, count_run
@@ -29,7 +31,9 @@ from nextscale.evaluation.bench.work import Ledger, Work, counted
 from nextscale.generators.var import VARGeneratorConfig
 from nextscale.plan import Plan
 from nextscale.run import Rows
+from nextscale.sampling import filters
 from nextscale.sampling.filters import make_filters
+from nextscale.sampling.graphs import CapturedSteps
 from nextscale.systems.var import VAR, VARConfig
 from nextscale.tokenizers.config import TokenizerConfig
 
@@ -215,6 +219,27 @@ def test_a_compiled_contestant_draws_the_same(monkeypatch: pytest.MonkeyPatch) -
     found = result["contestants"]["compiled fp32"]
     assert found["against"]["tokens"]["equal"] == 60 and "phases" not in found
     assert list(result["floor"]["seconds"]) == ["nextscale fp32"]
+    plain, loop = (result["floor"]["shares"][f"{name} fp32"] for name in ("nextscale", "compiled"))
+    assert (plain["of"], loop["of"]) == ("transformer", "loop")
+    phases = result["contestants"]["nextscale fp32"]["phases"]
+    assert plain["seconds"] == sum(phases.get(name, 0) for name in ("attention", "scan", "mlp", "network"))
+    assert 0 < loop["share"] and loop["seconds"] == found["loop"] < found["seconds"] * 2
+    assert found["pictures_per_second"] == 2 / found["seconds"] and "pictures a second" in report(result)
+
+
+def test_captured_contestants_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recorder in the place of a GPU's graphs."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain(module, backend="eager"))
+    monkeypatch.setattr(measuring, "CapturedSteps", lambda: CapturedSteps(Recorders()))
+    monkeypatch.setattr(filters, "_by_numpy", lambda logits: False)
+    given = replace(RANDOM, compile=True)
+    object.__setattr__(given, "graphs", True)
+    result = measure(given)
+    assert list(result["contestants"])[1:] == ["captured fp32", "compiled fp32", "compiled-captured fp32"]
+    for name in list(result["contestants"])[1:]:
+        assert result["contestants"][name]["against"]["tokens"]["equal"] == 60
+        assert result["floor"]["shares"][name]["of"] == "loop"
 
 
 def test_agreement_and_psnr() -> None:
@@ -246,6 +271,7 @@ def test_command_counts_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
     (["--json", "/proc/none/x.json", "--count"], "cannot be written"),
     (["--model", TINY, "--schedule", "1,x"], "cannot read 'x'"),
     (["--weights", "some.pth"], "both, or neither"),
+    (["--device", "cpu", "--graphs"], "steps are captured as CUDA graphs"),
 ])
 def test_bad_input_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", *arguments]) == 2

@@ -56,6 +56,9 @@ def bench(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Also draw with the network and the decoder compiled.")
     ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Also draw with steps captured as CUDA graphs; with --compile both, too.")
+    ] = False,
     alone: Annotated[
         bool, typer.Option("--alone", help="Also time every product by itself at its own shape.")
     ] = False,
@@ -82,6 +85,7 @@ def bench(
     Examples:
       nextscale bench --model var-d16 --dtype fp32 --dtype bf16 --compare baseline
       nextscale bench --model emoji-text-64 --batch 8 --hook 'fastvar ratio=0.5' --compare plain
+      nextscale bench --model var-d16 --dtype bf16 --compare baseline-bf16 --graphs --compile --device cuda
       nextscale bench --model var-d30 --schedule 1,2,4,8,16,32,64 --count
       nextscale bench --cold
     """
@@ -96,8 +100,8 @@ def bench(
     if json is not None:
         check_writable(json)
     chosen = choose_device(device)
-    if count and (compare or compile_ or alone):
-        raise InputError("--count measures no time: leave --compare, --compile and --alone out")
+    if count and (compare or compile_ or graphs or alone):
+        raise InputError("--count measures no time: leave --compare, --compile, --graphs and --alone out")
     if cold:
         from nextscale.evaluation.bench.cold import measure_cold, report_cold
 
@@ -119,6 +123,7 @@ def bench(
             repeats=repeats,
             clock=clock.value,
             compile=compile_,
+            graphs=graphs,
             alone=alone,
             purpose=purpose.value,
             settings=changes,

@@ -31,7 +31,8 @@ class Settings:
 
     model: a name or a folder; published sizes get random weights unless ``tokenizer`` and ``generator`` name files.
     schedule: other grids: of a model with random weights any, of another what its system can follow. compare: see
-    ``measure``. compile: also draw with the network and the decoder compiled. alone: also time every product by itself.
+    ``measure``. compile: also draw with the network and the decoder compiled. graphs: also draw with captured
+    steps, and where both are asked for with the compiled network captured. alone: also time every product by itself.
     clock: ``wall``, or ``cpu`` for a machine that others use. settings: of sampling, by name.
 
     Raises InputError on values that don't fit each other.
@@ -48,6 +49,7 @@ class Settings:
     repeats: int = 5
     clock: str = "wall"
     compile: bool = False
+    graphs: bool = False
     alone: bool = False
     purpose: str = "pictures"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +61,8 @@ class Settings:
             raise InputError("--compare plain: it compares hooks with a run without them, and no --hook was given")
         if self.clock == "cpu" and choose_device(self.device).type != "cpu":
             raise InputError("--clock cpu counts the processor's time; on another device use --clock wall")
+        if self.graphs and choose_device(self.device).type != "cuda":
+            raise InputError("--graphs: steps are captured as CUDA graphs; leave it out, or use --device cuda")
         if min(self.batch, self.repeats, self.threads or 1) < 1:
             raise InputError("batch, repeats and threads must be at least 1")
 
@@ -68,7 +72,7 @@ class Settings:
 def has_random_weights(given: Settings) -> bool:
     """Whether a model is a size alone, whose weights are made up."""
     return not Path(given.model).is_dir() and given.generator is None and weights_of(given.model) in (
-        "published", "none")
+        "published", "base", "none")
 
 
 def config_of(given: Settings) -> Any:

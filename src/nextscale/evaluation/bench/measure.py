@@ -5,7 +5,7 @@ import copy
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +28,10 @@ from nextscale.evaluation.bench.drawing import (
     has_random_weights,
     open_model,
 )
-from nextscale.evaluation.bench.recorder import Recorder, recorded, recorded_baseline
+from nextscale.evaluation.bench.recorder import TRANSFORMER, Recorder, recorded, recorded_baseline, recorded_outside
 from nextscale.evaluation.bench.work import Work, alone
 from nextscale.sampling.generation import Progress
+from nextscale.sampling.graphs import CapturedSteps
 from nextscale.systems import folders
 
 
@@ -63,12 +64,23 @@ def ours(name: str, dtype: str, system: Any, drawing: Drawing, hooks: Sequence[H
     return Contestant(name, dtype, draw)
 
 
-def compiled(name: str, dtype: str, system: Any, drawing: Drawing, hooks: Sequence[Hook] = ()) -> Contestant:
-    """The library with the network and the decoder compiled; their inner phases can't be told apart."""
+def opaque(name: str, dtype: str, system: Any, drawing: Drawing, hooks: Sequence[Hook] = ()) -> Contestant:
+    """The library with steps whose inner phases can't be told apart, as they are captured or compiled."""
+    def draw(recorder: Recorder | None) -> tuple[list[Tensor], Tensor]:
+        if recorder is None:
+            return drawing(system, hooks)
+        with recorded_outside(system, recorder):
+            return drawing(system, hooks)
+
+    return Contestant(name, dtype, draw, looks_inside=False)
+
+
+def compiled(system: Any) -> Any:
+    """The same with the network and the decoder compiled."""
     twin = copy.deepcopy(system, {id(p): p for p in (*system.parameters(), *system.buffers())})
     twin.generator.compile()
     twin.tokenizer.decoder.compile()
-    return Contestant(name, dtype, lambda recorder: drawing(twin, hooks), looks_inside=False)
+    return twin
 
 
 def published(name: str, system: Any, drawing: Drawing) -> Contestant:
@@ -103,8 +115,13 @@ def contestants(given: Settings, system: Any, drawing: Drawing, hooks: Sequence[
         if "plain" in given.compare:
             found.append(ours(f"plain {dtype}", dtype, model, drawing))
         found.append(ours(f"{'hooks' if hooks else 'nextscale'} {dtype}", dtype, model, drawing, hooks))
+        if given.graphs:
+            found.append(opaque(f"captured {dtype}", dtype, model, drawing, [*hooks, CapturedSteps()]))
         if given.compile:
-            found.append(compiled(f"compiled {dtype}", dtype, model, drawing, hooks))
+            twin = compiled(model)
+            found.append(opaque(f"compiled {dtype}", dtype, twin, drawing, hooks))
+            if given.graphs:
+                found.append(opaque(f"compiled-captured {dtype}", dtype, twin, drawing, [*hooks, CapturedSteps()]))
     return found, models
 
 
@@ -113,8 +130,7 @@ def contestants(given: Settings, system: Any, drawing: Drawing, hooks: Sequence[
 def take_turns(taking_part: Sequence[Contestant], given: Settings, device: torch.device) -> None:
     """Rounds in which everybody draws once unwatched, for the seconds, and once with a clock in it, for the phases."""
     now = now_of(given.clock, torch.get_num_threads())
-    inside = [one for one in taking_part if one.looks_inside]
-    with Progress(len(taking_part) + given.repeats * (len(taking_part) + len(inside)), "measuring", None) as bar:
+    with Progress(len(taking_part) * (1 + 2 * given.repeats), "measuring", None) as bar:
         for one in taking_part:
             began = now()
             one.tokens, one.pictures = one.draw(None)
@@ -130,14 +146,14 @@ def take_turns(taking_part: Sequence[Contestant], given: Settings, device: torch
                 wait_for(device)
                 one.totals.append(now() - began)
                 bar.advance()
-            for one in inside:
+            for one in taking_part:
                 gc.collect()
                 wait_for(device)
                 clock = Clock(now, device)
                 one.draw(clock)
                 one.clocked.append(clock.stop())
                 bar.advance()
-        for one in inside if device.type == "cuda" else ():
+        for one in taking_part if device.type == "cuda" else ():
             gc.collect()
             peaks = CudaPeaks(device)
             one.draw(peaks)
@@ -225,8 +241,11 @@ def _figures(one: Contestant, taking_part: Sequence[Contestant]) -> dict[str, An
     takes part, else with the first contestant."""
     figures: dict[str, Any] = {
         "dtype": one.dtype, "seconds": statistics.median(one.totals), "spread": [min(one.totals), max(one.totals)],
-        "first_seconds": one.first, "faster": _faster(one, taking_part[0])}
-    if one.clocked:
+        "first_seconds": one.first, "faster": _faster(one, taking_part[0]),
+        "pictures_per_second": len(one.tokens[0]) / statistics.median(one.totals)}
+    loops = [sum(seconds for phase, seconds in taken.items() if phase != "decode") for taken in one.clocked]
+    figures["loop"] = statistics.median(loops)
+    if one.looks_inside:
         names = dict.fromkeys(name for taken in one.clocked for name in taken)
         figures["phases"] = {name: statistics.median(taken.get(name, 0.0) for taken in one.clocked) for name in names}
         figures["overhead"] = statistics.median(sum(taken.values()) for taken in one.clocked) / figures["seconds"] - 1
@@ -274,11 +293,15 @@ def _floors(given: Settings, works: dict[str, dict[str, Work]], taking_part: Seq
     rates = {dtype: machine.matmul_rate(dtype, now, device) for dtype in sorted(dtypes, key=str)}
     moved = machine.bandwidth(now, device)
     floors: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
     for one in taking_part:
         kind = one.name.split()[0]
-        if kind.startswith("baseline") or not one.looks_inside:
+        if kind.startswith("baseline"):
             continue
-        work = works[one.dtype]["hooks" if kind == "hooks" else "plain"]
+        work = works[one.dtype]["plain" if kind == "plain" else max(works[one.dtype], key=lambda name: name == "hooks")]
+        shares[one.name] = _share(one, work, rates, _figures(one, taking_part))
+        if not one.looks_inside:
+            continue
         names = {phase: phase for phase in work.phases} | {"total": None}
         found = {name: dict(zip(("arithmetic", "bandwidth", "floor"), work.floor(rates, moved, phase), strict=True))
                  for name, phase in names.items()}
@@ -292,7 +315,17 @@ def _floors(given: Settings, works: dict[str, dict[str, Work]], taking_part: Seq
                 found[name]["alone"] = sum(by_itself.values()) if name == "total" else by_itself.get(name, 0.0)
         floors[one.name] = found
     return {"rates": {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}, "bandwidth": moved,
-            "seconds": floors}
+            "seconds": floors, "shares": shares}
+
+
+def _share(one: Contestant, work: Work, rates: Mapping[torch.dtype, float], figures: dict[str, Any]) -> dict[str, Any]:
+    """Of the machine's rate of products, the share that the transformer reaches: its arithmetic at that rate over its
+    seconds. Where it can't be told from the rest of the loop, both are the whole loop's, all but the decoder."""
+    phases = [phase for phase in work.phases if (phase in TRANSFORMER if one.looks_inside else phase != "decode")]
+    # The bandwidth has no part in this, and any number will do.
+    arithmetic = sum(work.floor(rates, 1.0, phase)[0] for phase in phases)
+    seconds = sum(figures["phases"].get(phase, 0.0) for phase in TRANSFORMER) if one.looks_inside else figures["loop"]
+    return {"of": "transformer" if one.looks_inside else "loop", "seconds": seconds, "share": arithmetic / seconds}
 
 
 @contextmanager

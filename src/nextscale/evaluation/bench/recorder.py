@@ -18,6 +18,9 @@ the rest of it, such as modulations, residual sums and hooks that act inside. he
 that a head has of its own. sampling: guidance, filters and the draw. canvas: writing tokens and reading the next
 input. decode: latent to picture. other: the loop itself, and hooks that act between steps."""
 
+TRANSFORMER = ("attention", "scan", "mlp", "network")
+"""Of these, what the network's body takes."""
+
 
 class Recorder:
     """Follows the phases of a generation; ``switch`` is called where one ends, while the stack still names it."""
@@ -76,6 +79,13 @@ def recorded(system: Any, recorder: Recorder) -> Iterator[None]:
         for owner, name, phase in parts:
             stack.enter_context(mock.patch.object(owner, name, recorder.around(phase, getattr(owner, name))))
         stack.enter_context(mock.patch.object(Context, "residual", residual))
+        yield
+
+
+@contextmanager
+def recorded_outside(system: Any, recorder: Recorder) -> Iterator[None]:
+    """The same of what can't be looked into, such as captured steps: ``decode``, and ``other`` before it."""
+    with mock.patch.object(system.tokenizer, "decode", recorder.around("decode", system.tokenizer.decode)):
         yield
 
 

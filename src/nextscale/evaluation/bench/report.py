@@ -48,6 +48,14 @@ def _seconds(result: dict[str, Any]) -> list[str]:
     if clocks:
         lines.append(f"totals are of draws without a clock; the clocks inside add {max(clocks):+.1%} at most")
     for name, one in taking_part.items():
+        line = (f"{name}: {one['pictures_per_second']:.2f} pictures a second, {one['loop'] * 1e3:,.1f} ms before the "
+                "decoder")
+        share = result["floor"]["shares"].get(name)
+        if share is not None:
+            line += (f"; the {share['of']} takes {share['seconds'] * 1e3:,.1f} ms, {share['share']:.1%} of the rate of "
+                     "large products")
+        lines.append(line)
+    for name, one in taking_part.items():
         if "peak_bytes" in one:
             peaks = ", ".join(f"{phase} {size / 1e6:,.0f}" for phase, size in one["peak_bytes"].items())
             lines.append(f"peak MB on the device, {name}: {peaks}")
