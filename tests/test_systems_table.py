@@ -172,3 +172,21 @@ def test_listed_sizes_are_those_of_the_whole_model(name: str) -> None:
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     rest = sum(p.numel() for p in system.parameters()) - tokenizer
     assert _millions(config) == f"{rest / 1e6:,.0f}M + {tokenizer / 1e6:,.0f}M tokenizer"
+
+
+def test_the_column_of_weights_says_what_was_released(capsys: pytest.CaptureFixture[str]) -> None:
+    """CAR's authors released towers for d16 alone, SCALAR's none; VAR's files, their base, begin at d16."""
+    from nextscale.cli.main import run
+    from nextscale.registry import models, weights_of
+
+    named = {name: weights_of(name) for name in models() if name.startswith(("car-", "scalar-"))}
+    assert named == {"car-d12": "none", "car-d16": "published", "car-d20": "base", "car-d24": "base", "car-d30": "base",
+                     "scalar-d12": "none", "scalar-d16": "base", "scalar-d20": "base", "scalar-d24": "base"}
+    assert all(weights_of(f"var-{name.split('-')[1]}") == "published"
+               for name, kind in named.items() if kind != "none")
+    assert run(["models"]) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, kind in named.items():
+        told = {"none": "none: for training", "published": "published files: --weights",
+                "base": "published files of the base; none of the control"}[kind]
+        assert told in listed[name]

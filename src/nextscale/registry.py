@@ -71,21 +71,22 @@ _PUBLISHED |= dict.fromkeys(("flowar-small", "flowar-large", "flowar-huge"), "ne
 _PUBLISHED |= dict.fromkeys(("xar-base", "xar-large", "xar-huge"), "nextscale.systems.xar:preset_config")
 _PUBLISHED |= dict.fromkeys(("mar-base", "mar-large", "mar-huge"), "nextscale.systems.mar:preset_config")
 _PUBLISHED |= dict.fromkeys(("himar-base", "himar-large", "himar-huge"), "nextscale.systems.himar:preset_config")
-_PUBLISHED |= dict.fromkeys(("car-d12", "car-d16", "car-d20", "car-d24", "car-d30"),
-                            "nextscale.systems.car:preset_config")
+_PUBLISHED["car-d16"] = "nextscale.systems.car:preset_config"
 _PUBLISHED |= dict.fromkeys(("code-n6", "code-n7", "code-n8", "code-n9"),
                             "nextscale.systems.code_decoding:preset_config")
-_PUBLISHED |= dict.fromkeys(("scalar-d12", "scalar-d16", "scalar-d20", "scalar-d24"),
-                            "nextscale.systems.scalar:preset_config")
 _PUBLISHED |= dict.fromkeys([f"infinity-{size}{budget}" for size in ("2b", "8b")
                              for budget in ("", "-0.06M", "-0.25M", "-0.60M")],
                             "nextscale.systems.infinity:preset_config")
 _PUBLISHED |= dict.fromkeys(("star-256-d16", "star-256-d30", "star-512-d30", "star-1024-d30", "star-1024-d30-base"),
                             "nextscale.systems.star:preset_config")
+# Controls that came without weights, or only for another size, on a base that has published ones.
+_ON_PUBLISHED = dict.fromkeys(("car-d20", "car-d24", "car-d30"), "nextscale.systems.car:preset_config")
+_ON_PUBLISHED |= dict.fromkeys(("scalar-d16", "scalar-d20", "scalar-d24"), "nextscale.systems.scalar:preset_config")
 # Sizes of papers that came without weights.
 _UNRELEASED = dict.fromkeys(("nfig-310m", "nfig-600m"), "nextscale.systems.nfig:preset_config")
 _UNRELEASED |= dict.fromkeys(("infinity-125m", "infinity-361m", "infinity-940m", "infinity-2.2b", "infinity-4.7b",
                               "infinity-8.7b", "infinity-20b"), "nextscale.systems.infinity:preset_config")
+_UNRELEASED |= {f"{slug}-d12": f"nextscale.systems.{slug}:preset_config" for slug in ("car", "scalar")}
 _SMALL = dict.fromkeys(("var-d6-64px", "var-d2-16px"), "nextscale.systems.var:preset_config")
 _SMALL |= {f"{slug}-64px": f"nextscale.systems.{slug}:preset_config" for slug in ("flowar", "xar", "mar", "himar")}
 DEFAULT_MODEL = "emoji-text-64"
@@ -222,7 +223,7 @@ def systems() -> dict[str, SystemEntry]:
 
 def models() -> dict[str, str]:
     """Names that `nextscale.load` takes, presets and models that ship, each with its "module:function"."""
-    table = {**_PUBLISHED, **_UNRELEASED, **_SMALL, **_SHIPPED}
+    table = {**_PUBLISHED, **_ON_PUBLISHED, **_UNRELEASED, **_SMALL, **_SHIPPED}
     for point in _added("nextscale.models", table):
         table[point.name] = point.value
     return table
@@ -236,11 +237,12 @@ def hooks() -> dict[str, str]:
     return table
 
 
-def weights_of(name: str) -> Literal["published", "none", "shipped", "unknown"]:
-    """Where a model's weights come from: published files that the user gives, none (a size for training and tests:
-    published without weights, or a small one of this project), the package itself, or whatever another package does."""
-    return ("published" if name in _PUBLISHED else "none" if name in {**_SMALL, **_UNRELEASED} else
-            "shipped" if name in _SHIPPED else "unknown")
+def weights_of(name: str) -> Literal["published", "base", "none", "shipped", "unknown"]:
+    """Where a model's weights come from: published files that the user gives, files of its base alone (its control has
+    to be trained), none (a size for training and tests: published without weights, or a small one of this project), the
+    package itself, or whatever another package does."""
+    return ("published" if name in _PUBLISHED else "base" if name in _ON_PUBLISHED else
+            "none" if name in {**_SMALL, **_UNRELEASED} else "shipped" if name in _SHIPPED else "unknown")
 
 
 @cache

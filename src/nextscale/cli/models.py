@@ -53,6 +53,7 @@ def _row(name: str) -> tuple[str, str, str, str]:
     except WeightsError:
         return name, "", "", "not in this installation"
     return name, size, pictures, {"published": "published files: --weights, --tokenizer-weights, or convert",
+                                  "base": "published files of the base; none of the control",
                                   "shipped": "come with the package", "none": "none: for training and tests"}[kind]
 
 
@@ -78,7 +79,7 @@ def count_sizes() -> dict[str, list[str]]:
     """What ``SIZES`` is to hold."""
     from nextscale.registry import models, weights_of
 
-    return {name: size_of(name) for name in models() if weights_of(name) in ("published", "none")}
+    return {name: size_of(name) for name in models() if weights_of(name) in ("published", "base", "none")}
 
 
 def _show(name: str) -> None:

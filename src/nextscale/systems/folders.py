@@ -151,7 +151,7 @@ def open_model(name: str, filled: bool = False) -> Any:
         return load(Path(name))
     if config is None or weights_of(name) == "shipped":
         return import_target(models()[name])(name)  # type: ignore[operator]
-    if weights_of(name) == "published":
+    if weights_of(name) in ("published", "base"):
         with nullcontext() if system_type(config.slug).further or not filled else hub.WithoutInitialisation():
             return build_system(config)
     with torch.random.fork_rng(devices=[]):

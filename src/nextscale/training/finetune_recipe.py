@@ -197,7 +197,7 @@ def open_base(name: str, weights: str | None = None, tokenizer_weights: str | No
 def open_trained(name: str, weights: str | None = None, tokenizer_weights: str | None = None,
                  control_weights: str | None = None) -> Any:
     """A model of any kind with trained weights. Raises WeightsError for a published size without its files."""
-    published = not Path(name).is_dir() and weights_of(name) == "published"
+    published = not Path(name).is_dir() and weights_of(name) in ("published", "base")
     if published and not (weights and tokenizer_weights):
         raise WeightsError(f"{name} comes without weights; give --weights and --tokenizer-weights, or a folder that "
                            "`nextscale convert` wrote as --model")
