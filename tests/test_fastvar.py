@@ -155,6 +155,35 @@ def test_memory_and_arithmetic_are_what_the_plan_says(hook: FastVAR) -> None:
     assert all_flops - flops == 4 * (whole.flops - cost.flops)  # two pictures, two branches
 
 
+@pytest.mark.parametrize("hook", [FastVAR((0.4, 0.5), (0, 1)), FastVAR(0.75, (1, 0)), FastVAR((0.5, 1.0), (0, 1)),
+                                  FastVAR((0.25, 0.25, 0.9), restore="zero")], ids=["two", "one", "left out", "three"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_buffers_have_room_for_the_rows_that_are_computed_and_no_more(hook: FastVAR, precision: str) -> None:
+    """From the first step on, layer by layer; at the end they are full."""
+    system = tiny_var(RECTANGLES, depth=3).to_precision(precision)
+    lengths, element = hook.cost(system.plan, 3).lengths, 4 if precision == "fp32" else 2
+    with torch.no_grad():
+        for run in sample_steps(system, started(system), ClassifierFree(2.0), (), [hook]):
+            held = [(group.k, group.v) for (group,) in run.memory.groups.values()]
+            rooms = [sum(t.untyped_storage().nbytes() for t in both) for both in held]
+            assert rooms == [2 * 2 * 2 * 48 * rows * element for rows in lengths]
+    assert run.cursor == hook.steps(system.plan)
+    assert run.memory.bytes() == sum(rooms) + sum(t.nbytes for t in run.memory.state.values())
+
+
+def test_a_run_that_was_stopped_gets_room_for_the_steps_that_it_goes_on_to() -> None:
+    system, hook = tiny_var(RECTANGLES, depth=3), FastVAR((0.4, 0.5), (0, 1))
+    with torch.no_grad():
+        *_, whole = sample_steps(system, started(system), ClassifierFree(2.0), (), [hook])
+        run = started(system)
+        for until in (2, 4, 5):
+            for _ in sample_steps(system, run, ClassifierFree(2.0), (), [hook], until=until):
+                pass
+            held = [(group.k.shape[2], group.length) for (group,) in run.memory.groups.values()]
+            assert all(room == length for room, length in held), until
+    assert all(torch.equal(a, b) for a, b in zip(run.tokens, whole.tokens, strict=True))
+
+
 def test_a_step_left_out_leaves_its_arithmetic_out_and_the_picture_as_it_was_before_it() -> None:
     system = tiny_var(RECTANGLES, depth=3)
     options: dict[str, Any] = {"output": "torch", "seed": 5}

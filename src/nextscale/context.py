@@ -38,6 +38,12 @@ class Hook:
         """How many of the plan's steps are walked; the canvas is decoded as it is after the last of them."""
         return len(plan)
 
+    def room(self, network: Any, plan: Plan, address: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """How many rows of every step an address of a network is to hold one behind the other, where it would ``rows``
+        without this hook: fewer where it selects some, none behind a step after which it puts others in the place of
+        what is there (``Memory.keep_rows``). Memory makes room for so many."""
+        return rows
+
     def evaluation(self, generator: Any, run: Run, evaluate: Callable[[Call], Tensor]) -> Callable[[Call], Tensor]:
         """What a step's calls are evaluated with: ``evaluate`` runs the network and settles the rows that stay."""
         return evaluate

@@ -192,6 +192,13 @@ def conditions(condition: Condition, branches: Sequence[str]) -> Any:
     return torch.cat(found) if isinstance(found[0], Tensor) else type(found[0]).join(found)
 
 
+def empty_memory(plan: Plan) -> Memory:
+    """A memory for the rows of a plan, with tags as narrow as its numbers allow. It takes nothing until it is written
+    to, and loops tell it how much of the plan they walk (``sampling.steps.make_room``)."""
+    largest = max(len(plan), plan.visible.previous or 0, *(max(*step.grid, step.maps) for step in plan))
+    return Memory(plan.length, tag_type=torch.int8 if largest <= 127 else torch.int16)
+
+
 @dataclass
 class Run:
     """A generation in progress.
@@ -230,7 +237,7 @@ class Run:
         """A run at step 0 with an empty canvas and memory. order: other cells of the rows than the plan's own."""
         device = torch.device(device)
         cells = places(plan, device)[0] if order is None else order.to(device)
-        return cls(plan, cells, Canvas.empty(plan, codec, pictures, device), Memory(plan.length), noise,
+        return cls(plan, cells, Canvas.empty(plan, codec, pictures, device), empty_memory(plan), noise,
                    condition, tuple(branches))
 
     @property
@@ -361,11 +368,11 @@ class Run:
         The next call prefills every step so far under the training mask (CoDe, arXiv 2411.17787).
         """
         everyone = torch.arange(self.pictures, device=self.device)
-        child = replace(self, memory=Memory(self.plan.length)).gather(everyone)  # a memory that goes isn't copied
+        child = replace(self, memory=empty_memory(self.plan)).gather(everyone)  # a memory that goes isn't copied
         child.change_network(condition, branches)
         return child
 
     def change_network(self, condition: Condition, branches: Sequence[str] | None = None) -> None:
         """Hand the run itself over: its memory is given up at once, whoever else holds the run."""
-        self.memory, self.filled, self.condition = Memory(self.plan.length), 0, condition
+        self.memory, self.filled, self.condition = empty_memory(self.plan), 0, condition
         self.branches = self.branches if branches is None else tuple(branches)

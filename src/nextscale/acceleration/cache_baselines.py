@@ -32,6 +32,9 @@ class SharePolicy(MemoryPolicy):
     def rows(self, plan: Plan) -> int:
         return uniform_rows(plan, self.share)
 
+    def shrinks(self, plan: Plan, layers: int, layer: int, step: int, rows: int) -> bool:
+        return rows > self.budget(plan, layers, layer)
+
     @property
     @abstractmethod
     def kept(self) -> int:

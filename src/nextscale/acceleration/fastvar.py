@@ -188,6 +188,12 @@ class FastVAR(Hook):
         if not self.pruned_blocks(depth):
             raise InputError(f"fastvar: none of {depth} blocks is left to prune; lower full_blocks")
 
+    def room(self, network: Any, plan: Plan, address: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """The rows that are computed: those alone enter memory."""
+        if block_of(network, address) not in self.pruned_blocks(depth_of(network) or 0):
+            return rows
+        return tuple(min(both) for both in zip(rows, self.rows(plan), strict=True))
+
     def inputs(self, run: Run, call: Call) -> Call:
         if self.score == "random":
             for span in call.rows.spans or ():

@@ -113,6 +113,12 @@ class HACK(MemoryPolicy):
     def rows(self, plan: Plan) -> int:
         return self.budgets(plan, self.compression)[1]
 
+    def shrinks(self, plan: Plan, layers: int, layer: int, step: int, rows: int) -> bool:
+        """By its heads that keep least: with them the others get memory of their own."""
+        stored = self.stored if self.stored is not None and step < len(plan) - 1 else self.compression
+        few, many = self.budgets(plan, stored)
+        return rows > min(few if contextual else many for contextual in self.classes[layer])
+
     def before(self, ctx: Context, address: str, layer: int, q: Tensor, rows: Rows) -> None:
         plan = whole_plan(ctx)
         self._shrink(ctx, address, layer, q, rows, self.budgets(plan, self.compression),

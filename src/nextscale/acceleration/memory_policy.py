@@ -17,7 +17,7 @@ from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.layers.memory import Group
 from nextscale.plan import Plan
-from nextscale.run import Call, Rows, Run
+from nextscale.run import Rows
 
 
 class MemoryPolicy(Hook):
@@ -51,13 +51,23 @@ class MemoryPolicy(Hook):
 
     @abstractmethod
     def rows(self, plan: Plan) -> int:
-        """How many rows a layer holds, about, once the policy acts: what room is made for."""
+        """How many rows a layer holds, about, once the policy acts."""
 
-    def inputs(self, run: Run, call: Call) -> Call:
-        if not run.memory.groups:  # room for the whole plan at every layer is what the policy is there to save
-            first = next((end for end in run.plan.starts[1:] if end > self.rows(run.plan)), run.plan.length)
-            run.memory.capacity = min(run.memory.capacity, first)
-        return call
+    def shrinks(self, plan: Plan, layers: int, layer: int, step: int, rows: int) -> bool:
+        """Whether a layer that was never shrunk and holds so many rows, those of the step among them, is shrunk at
+        it."""
+        return rows > self.rows(plan)
+
+    def room(self, network: Any, plan: Plan, address: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows up to the step at which the layer is shrunk first: from there on it holds no more than it keeps, and
+        room for the whole plan is what the policy is there to save."""
+        addresses, total = network.remembered, 0
+        if address in addresses:
+            for step, count in enumerate(rows):
+                total += count
+                if self.shrinks(plan, len(addresses), addresses.index(address), step, total):
+                    return (*rows[:step + 1], *(0,) * (len(rows) - step - 1))
+        return rows
 
     def attend(self, ctx: Context, address: str, q: Tensor, k: Tensor | None, v: Tensor | None, rows: Rows,
                inner: Any) -> Tensor:

@@ -110,6 +110,11 @@ class ScaleKV(MemoryPolicy):
     def rows(self, plan: Plan) -> int:
         return uniform_rows(plan, self.share) if self.given is None else self.given.base
 
+    def shrinks(self, plan: Plan, layers: int, layer: int, step: int, rows: int) -> bool:
+        budgets = self.budgets_of(plan, layers)
+        allowed = budgets.rows[min(step + 1, len(plan) - 1)]
+        return allowed is not None and rows > max(allowed[layer], budgets.base)
+
     def after(self, ctx: Context, address: str, layer: int, q: Tensor, rows: Rows) -> None:
         plan, group, step = whole_plan(ctx), only_group(ctx, address), step_of(rows)
         budgets = self.budgets_of(plan, len(ctx.network.remembered))

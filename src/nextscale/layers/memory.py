@@ -1,7 +1,8 @@
 """What a run remembers: keys and values, and anything else that has a row, each under a named address.
 
 Row tags (step, cell) live once, in the memory's log. An address keeps tags of its own only after it departs from the
-log: when rows were selected, skipped or dropped there. Buffers are allocated once for the whole run.
+log: when rows were selected, skipped or dropped there. An address's buffers are allocated once, as large as what the
+run's steps and hooks are going to write there.
 """
 from __future__ import annotations
 
@@ -32,6 +33,9 @@ class Tags:
     def joined(self, other: Tags) -> Tags:
         heads = max((t.step.shape[1] for t in (self, other) if t.step.ndim == 3), default=0)
         one, two = (t._of_heads(heads) if heads else t for t in (self, other))
+        if heads:  # what heads hold of their own stays as narrow as it is
+            narrow = next(t.step.dtype for t in (self, other) if t.step.ndim == 3)
+            one, two = one.narrowed(narrow), two.narrowed(narrow)
         rows = max(len(one.step), len(two.step))
         valid = None
         if one.valid is not None or two.valid is not None:
@@ -49,8 +53,11 @@ class Tags:
         step = _rows(tags.step, r).gather(-1, index)
         cell = _rows(tags.cell, r).gather(-2, index[..., None].expand(*index.shape, 3))
         valid = None if tags.valid is None else _rows(tags.valid, r).gather(-1, index)
-        # As many tags as keys: narrow ones, or they would weigh what the keys do.
-        return Tags(step.to(torch.int16), cell.to(torch.int16), valid) if index.ndim == 3 else Tags(step, cell, valid)
+        return Tags(step, cell, valid)
+
+    def narrowed(self, dtype: torch.dtype) -> Tags:
+        """The same numbers in another type."""
+        return Tags(self.step.to(dtype), self.cell.to(dtype), self.valid)
 
     def first(self, count: int) -> Tags:
         """The tags of the ``count`` leading rows."""
@@ -99,16 +106,18 @@ class Group:
     pending: Tags | None = None
     staying: int = 0
 
-    def append(self, k: Tensor, v: Tensor, tags: Tags, keep: int) -> None:
+    def append(self, k: Tensor, v: Tensor, tags: Tags, keep: int, room: int) -> None:
         """Write rows behind those that are there; that the first ``keep`` stay is settled by ``Memory.settle``.
 
-        A call may come in parts, one behind the other; only its last part may hold rows that don't stay.
+        A call may come in parts, one behind the other; only its last part may hold rows that don't stay. room: rows
+        that the address is going to hold.
         """
         start = self.rows
         end = start + k.shape[2]
         if end > self.k.shape[2]:
             # What a policy shrinks would, with room to spare, hold what it was shrunk to save.
-            self._grow(end if self.tags is not None else max(end, 2 * self.k.shape[2]))
+            exact = self.tags is not None or self.heads is not None
+            self._grow(end if exact else room if end <= room else max(end, 2 * self.k.shape[2]))
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         if self.pending is None:
@@ -131,6 +140,11 @@ class Group:
         return self.length + (0 if self.pending is None else len(self.pending))
 
 
+def _copied(values: Tensor) -> Tensor:
+    """In a buffer of its own: a part that lies in one piece would keep all that it is part of."""
+    return values.clone(memory_format=torch.contiguous_format)
+
+
 def _heads(heads: list[int], device: torch.device) -> Tensor | slice:
     """What picks some heads: a slice, which copies nothing, where they are neighbours."""
     if heads == list(range(heads[0], heads[-1] + 1)):
@@ -142,13 +156,16 @@ def _heads(heads: list[int], device: torch.device) -> Tensor | slice:
 class Memory:
     """Everything in a run that has a row.
 
-    capacity: rows each address is given at first (it grows if need be). ``state`` holds tensors (R, ...) that hooks,
-    towers and state-space layers keep, ``advanced`` those that the call under way has gone on to and that are settled
-    with its rows; ``constants`` what is computed once a run, tensors with a leading R or 1.
-    ragged: some rows were committed for some pictures only, so that every attention needs a mask.
+    capacity: rows that an address has room for (it grows if need be); rooms: of addresses that differ. ``state`` holds
+    tensors (R, ...) that hooks, towers and state-space layers keep, ``advanced`` those that the call under way has gone
+    on to and that are settled with its rows; ``constants`` what is computed once a run, tensors with a leading R or 1.
+    ragged: some rows were committed for some pictures only, so that every attention needs a mask. tag_type: in which
+    tags that differ from head to head are held; there are as many as keys, and wide ones would weigh what the keys do.
     """
 
     capacity: int
+    rooms: dict[str, int] = field(default_factory=dict)
+    tag_type: torch.dtype = torch.int16
     log: Tags | None = None
     groups: dict[str, list[Group]] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -170,17 +187,18 @@ class Memory:
 
         keep: leading rows that will stay, None where ``commit`` decides.
         """
+        room = self.rooms.get(address, self.capacity)
         if address not in self.groups:
-            shape = (k.shape[0], k.shape[1], max(self.capacity, k.shape[2]), k.shape[3])
+            shape = (k.shape[0], k.shape[1], max(room, k.shape[2]), k.shape[3])
             self.groups[address] = [Group(k.new_empty(shape), v.new_empty((*shape[:3], v.shape[3])))]
         for group in self.groups[address]:
             if len(group.k) != len(k):
                 raise InputError(f"memory at {address}: it holds keys of {len(group.k)} rows of the batch, the call "
                                  f"brings those of {len(k)}; keep what shares attention the same over a run")
             if group.heads is None:
-                group.append(k, v, tags, keep or 0)
+                group.append(k, v, tags, keep or 0, room)
             else:
-                group.append(k[:, group.heads], v[:, group.heads], tags, keep or 0)
+                group.append(k[:, group.heads], v[:, group.heads], tags, keep or 0, room)
         return self.groups[address]
 
     def tags_of(self, group: Group) -> Tags | None:
@@ -265,7 +283,9 @@ class Memory:
             for name in ("k", "v"):
                 full = getattr(at, name)[:, :, :at.rows]
                 setattr(at, name, full.gather(2, index_RHM1.expand(-1, full.shape[1], -1, full.shape[3])))
-        at.tags, at.length, at.pending, at.staying = tags.selected(index), index.shape[-1], None, 0
+        chosen = tags.selected(index)
+        at.tags = chosen.narrowed(self.tag_type) if index.ndim == 3 else chosen
+        at.length, at.pending, at.staying = index.shape[-1], None, 0
 
     def split_heads(self, address: str, classes: list[list[int]]) -> None:
         """Give classes of heads their own K/V at an address, so that each can be shrunk by itself."""
@@ -273,8 +293,8 @@ class Memory:
         if whole.tags is not None and whole.tags.step.ndim == 3:
             raise InputError(f"memory at {address}: its heads hold rows of their own already; split them before that")
         self.groups[address] = [
-            replace(whole, heads=(h := _heads(heads, whole.k.device)), k=whole.k[:, h].contiguous(),
-                    v=whole.v[:, h].contiguous()) for heads in classes]
+            replace(whole, heads=(h := _heads(heads, whole.k.device)), k=_copied(whole.k[:, h]),
+                    v=_copied(whole.v[:, h])) for heads in classes]
 
     def recall(self, address: str) -> tuple[Tensor, ...] | None:
         """The state that a recurrence at an address goes on from, None at its beginning."""
@@ -316,14 +336,19 @@ class Memory:
             return replace(group, k=group.k[held], v=group.v[held],
                            tags=None if group.tags is None else group.tags.of(rows_R), pending=pending)
 
-        return Memory(self.capacity, None if self.log is None else self.log.of(rows_R),
+        return Memory(self.capacity, self.rooms, self.tag_type, None if self.log is None else self.log.of(rows_R),
                       {name: [pick_group(g) for g in groups] for name, groups in self.groups.items()},
                       {name: value[rows_R] for name, value in self.state.items()}, {},
                       {name: pick(value) for name, value in self.constants.items()},
                       provisional, self.ragged)
 
     def bytes(self) -> int:
-        """Bytes of the rows that are kept now (not of the buffers' spare room), and of the states."""
+        """Bytes of the keys and values that are kept now, and of the states.
+
+        Not of the buffers' spare room, of which there is none at the end of a run all of whose rows stay, nor of tags:
+        where heads hold rows of their own these are 4 bytes a row and head (1.6 % of keys and values of 64 numbers in
+        bfloat16), 8 where steps or grids go beyond 127.
+        """
         total = sum(value.nbytes for value in self.state.values())
         for groups in self.groups.values():
             for g in groups:

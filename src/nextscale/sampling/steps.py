@@ -43,13 +43,14 @@ def sample_steps(model: Model, run: Run, guidance: Guidance, filters: Sequence[F
     """Advance a run step by step, yielding it after each; the caller stops by not going on.
 
     guidance combines the branches' outputs, filters narrow them, hooks are what the user adds (first is innermost);
-    ``soft`` writes code vectors instead of sampled codes; ``until``: step before which to stop; ``check``: test the
-    visibility promises as it goes.
+    ``soft`` writes code vectors instead of sampled codes; ``until``: step before which to stop, up to which memory is
+    given room; ``check``: test the visibility promises as it goes.
     """
     prepare(model, run.plan, hooks)
     guidance, filters = hooked(guidance, filters, hooks, run)
     choice = Choice(model.generator, model.head, guidance, tuple(filters), soft)
     last = walked(run.plan, hooks) if until is None else min(until, walked(run.plan, hooks))
+    make_room(model.generator, run, hooks, last)
     knowing = [hook for hook in hooks if overrides(hook, "tokens")]
 
     def known(sample: Sample) -> Sample:
@@ -84,6 +85,17 @@ def prepare(model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
 def walked(plan: Plan, hooks: Sequence[Hook]) -> int:
     """How many of a plan's steps a loop walks under some hooks."""
     return min((hook.steps(plan) for hook in hooks), default=len(plan))
+
+
+def make_room(generator: nn.Module, run: Run, hooks: Sequence[Hook], last: int) -> None:
+    """Tell a run's memory how many rows its addresses are to hold when the steps before ``last`` are walked."""
+    rows, hooks = tuple(s.rows for s in run.plan.steps[:last]), [h for h in hooks if overrides(h, "room")]
+    run.memory.capacity, run.memory.rooms = sum(rows), {}
+    for address in getattr(generator, "remembered", ()) if hooks else ():
+        held = (*rows, *(0,) * (len(run.plan) - last))
+        for hook in hooks:
+            held = hook.room(generator, run.plan, address, held)
+        run.memory.rooms[address] = sum(held)
 
 
 def evaluator(generator: nn.Module, run: Run, hooks: Sequence[Hook] = (),
