@@ -47,9 +47,9 @@ def narrow(seed: int = 1, tokenizer: VAR | None = None, **changes: Any) -> VAR:
     return system.eval()
 
 
-def tiny_pair(draft_steps: int = 2) -> CollaborativeSystem:
-    wide = tiny_var()
-    return pair(wide, narrow(settings=wide.config.settings), draft_steps)
+def tiny_pair(draft_steps: int = 2, depth: int = 2) -> CollaborativeSystem:
+    wide = tiny_var(depth=depth)
+    return pair(wide, narrow(tokenizer=wide, settings=wide.config.settings), draft_steps)
 
 
 @pytest.mark.parametrize("settings", [
@@ -165,6 +165,24 @@ def test_the_drafters_memory_is_given_up_at_the_hand_over_whoever_holds_the_run(
     plan, rows = system.plan, 2 * 2
     assert [size for *_, size in held] == [4 * rows * plan.starts[k + 1] * 2 * (2 * 48 if k < 2 else 32)
                                            for k in range(4)]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_buffers_have_room_for_what_each_network_holds_at_most_and_no_more(steps: int, precision: str) -> None:
+    """The drafter's for the rows up to the hand-over; at each network's end they are full."""
+    system, rooms = tiny_pair(steps).to_precision(precision), []
+
+    def callback(step: int, run: Run) -> None:
+        held = [t for groups in run.memory.groups.values() for g in groups for t in (g.k, g.v)]
+        rooms.append((sum(t.untyped_storage().nbytes() for t in held), run.memory.bytes()))
+
+    system.generate([1, 2], callback=callback, **QUIET)
+    starts, element = system.plan.starts, 4 if precision == "fp32" else 2
+    drafter, refiner = ((2 * 2) * depth * 2 * width * rows * element
+                        for depth, width, rows in ((2, 48, starts[steps]), (1, 32, starts[4])))
+    assert [room for room, _ in rooms] == [drafter] * steps + [refiner] * (4 - steps)
+    assert rooms[steps - 1][1] == drafter and rooms[-1][1] == refiner
 
 
 def test_the_cost_is_that_of_the_sheet() -> None:

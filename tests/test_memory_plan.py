@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_code_decoding import tiny_pair
 from test_flowar import tiny as tiny_flowar
 from test_hmar import tiny as tiny_hmar
 from test_m_var import tiny as tiny_m_var
@@ -18,6 +19,7 @@ from test_srdd import tiny as tiny_srdd
 from test_xar import tiny as tiny_xar
 from tiny import tiny_var
 
+import nextscale
 from nextscale.devices import free_memory, free_on_machine
 from nextscale.errors import InputError
 from nextscale.evaluation.cost import LiveBytes
@@ -26,6 +28,7 @@ from nextscale.noise import Keyed
 from nextscale.run import Run
 from nextscale.sampling.generation import Settings
 from nextscale.sampling.memory_plan import Needs, decoder_bytes, needs, plan_batches, size, weight_bytes
+from nextscale.sampling.steps import sample_steps
 from nextscale.systems.var import VAR
 from nextscale.tokenizers.autoencoder import AutoencoderConfig, Decoder
 from nextscale.tokenizers.strips import decode_in_strips
@@ -33,7 +36,37 @@ from nextscale.tokenizers.strips import decode_in_strips
 GRIDS = ((1, 1), (2, 2), (4, 4), (8, 8))
 SYSTEMS: dict[str, Callable[[], Any]] = {
     "var": lambda: tiny_var(GRIDS), "hmar": lambda: tiny_hmar(((1,), (2, 2), (5, 4), (8, 8))), "m_var": tiny_m_var,
-    "srdd": lambda: tiny_srdd(1), "flowar": tiny_flowar, "xar": tiny_xar, "mar": tiny_mar}
+    "srdd": lambda: tiny_srdd(1), "flowar": tiny_flowar, "xar": tiny_xar, "mar": tiny_mar,
+    "pair, the refiner's peak": lambda: tiny_pair(2), "pair, the drafter's peak": lambda: tiny_pair(3, depth=8)}
+
+
+def allocated(memory: Memory) -> int:
+    """Bytes of the buffers of keys and values, spare room included, and of the states."""
+    held = [tensor for groups in memory.groups.values() for group in groups for tensor in (group.k, group.v)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held) + sum(t.nbytes for t in memory.state.values())
+
+
+HEADS = {"contextual": [[True, False, False], [True, True, True]]}
+POLICIES: dict[str, dict[str, Any]] = {
+    "scalekv": {"budgets": {"budgets": [None, None, None, [8, 10], [11, 20]], "window": 4}},
+    "snapkv": {"share": 0.3, "window": 4}, "pyramidkv": {"share": 0.3, "window": 4, "beta": 4.0},
+    "sliding-window": {"share": 0.3, "sinks": 3}, "hack": {"heads": HEADS, "compression": 0.4, "stored": 0.7}}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_buffers_of_a_shrunk_memory_hold_what_is_counted_and_tags_weigh_little_beside(name: str) -> None:
+    """Layer by layer from the step on at which it is shrunk first, up to which it has room; never room for the plan."""
+    system = tiny_var(((1, 1), (2, 2), (3, 3), (4, 5), (6, 6))).to_precision("bf16")
+    guidance = system.guidance(system.settings_for("pictures", {}))
+    begun, most = system.start(torch.zeros(2, 1, dtype=torch.int64), guidance, Keyed.from_seeds([0, 1])), 0
+    with torch.no_grad():
+        for run in sample_steps(system, begun, guidance, (), [nextscale.hook(name, **POLICIES[name])]):
+            most = max(most, allocated(run.memory))
+    assert allocated(run.memory) == run.memory.bytes() <= most < 2 * 2 * 2 * 2 * 48 * 70 * 2
+    for group in (group for groups in run.memory.groups.values() for group in groups):
+        tags = 0 if group.tags is None else group.tags.step.nbytes + group.tags.cell.nbytes
+        # Heads of 16 numbers here: of 64, as published models have, keys and values weigh four times as much.
+        assert tags <= (0.016 if name != "sliding-window" else 0.05) * 4 * (group.k.nbytes + group.v.nbytes)
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +79,38 @@ def test_what_is_planned_is_what_is_held(name: str) -> None:
     system, pictures = SYSTEMS[name](), 3
     used = system.settings_for("pictures", {})
     guidance, plan, held = system.guidance(used), system.plan_for(used), 0
-    need = needs(system, plan, len(guidance.branches))
+    need, room = needs(system, plan, len(guidance.branches), used), 0
     labels = torch.zeros(pictures, len(system.config.classes), dtype=torch.int64)
     with torch.inference_mode(), LiveBytes() as live:
         for run in system.sampled(system.start(labels, guidance, Keyed.from_seeds(range(pictures)), plan), guidance,
                                   used):
-            held = max(held, run.memory.bytes())
+            held, room = max(held, run.memory.bytes()), max(room, allocated(run.memory))
     last = plan.steps[-1].rows if name == "xar" else 0  # the last entity has room, but nobody comes to read it
     assert held == pictures * need.memory * (plan.length - last) // plan.length
+    assert room == pictures * need.memory
     assert 0.6 < live.peak / (pictures * need.drawing) < 1.1
     with torch.inference_mode():
         system.tokenizer.decode(run.canvas)  # makes what is kept beside the weights, and counted with them
         with LiveBytes() as live:
             system.tokenizer.decode(run.canvas)
     assert 0.9 < live.peak / (pictures * need.decoder) < 1.1
+
+
+def test_a_pair_s_plan_follows_the_number_of_drafted_steps() -> None:
+    """Both networks' weights, and the peak of the one that needs more; the refiner's first call goes through the
+    drafted steps, so that it works on all 30 rows behind three of them."""
+    pair, wide = tiny_pair(2), tiny_var()
+    used = pair.settings_for("pictures", {})
+    found = {n: needs(pair, pair.plan, 2, replace(used, draft_steps=n)) for n in range(5)}
+    assert [found[n].memory for n in (0, 4)] == [2 * 2 * 30 * width * 4 for width in (32, 2 * 48)]
+    assert found[4].drawing == needs(wide, wide.plan, 2).drawing
+    row, predicted = 2 * 32 * pair.generator.live_widths * 4, 32 * 4 * (2 + 8)
+    assert [found[n].step for n in (0, 2, 3)] == [rows * row + 16 * predicted for rows in (16, 16, 30)]
+    deep = tiny_pair(3, depth=8)
+    assert needs(deep, deep.plan, 2).memory == 2 * 2 * 8 * 48 * 14 * 4, "the drafter's, of its own steps alone"
+    assert len({need.weights for need in found.values()}) == 1
+    assert found[0].weights == weight_bytes(wide) + sum(
+        p.nbytes for part in (pair.generator, pair.head, pair.labels) for p in (*part.parameters(), *part.buffers()))
 
 
 @pytest.mark.parametrize("multipliers", [(1, 1, 2, 2), (1, 2, 4), (2, 1, 1)], ids=str)

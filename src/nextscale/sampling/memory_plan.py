@@ -5,7 +5,7 @@ not, hence ``SHARE``.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ SHARE = 0.9
 
 class Needs(NamedTuple):
     """Bytes: of the weights; and a picture, all branches: remembered by the run, worked on in its largest step, and
-    held by the decoder, whole or in strips."""
+    held by the decoder, whole or in strips. Where several networks draw in turn, each gives up what it remembers before
+    the next begins: memory and step are those of the one that needs most."""
 
     weights: int
     memory: int
@@ -51,23 +52,29 @@ class Batches:
     note: str | None = None
 
 
-def needs(system: Any, plan: Plan, branches: int) -> Needs:
-    """What a system needs for pictures of a plan. system: what has ``generator`` and ``tokenizer``.
+def needs(system: Any, plan: Plan, branches: int, used: Any = None) -> Needs:
+    """What a system needs for pictures of a plan under some settings (None: the model's own). system: what has
+    ``networks`` and ``tokenizer``. Hooks are not asked: those that shrink memory make the plan a careful one.
 
     Raises InputError for a generator that doesn't tell (``memory_bytes``, ``rows_at_once``, ``live_widths``).
     """
-    generator = system.generator
-    if not hasattr(generator, "memory_bytes"):
-        raise InputError(f"memory: {type(generator).__name__} doesn't tell what it holds; leave the limit out")
-    element = next(generator.parameters()).element_size()
-    rows, width = generator.rows_at_once(plan), generator.config.width
-    vocabulary = system.tokenizer.config.vocabulary
-    step = rows * branches * width * generator.live_widths * element
-    # Logits in float32, a branch; guided, filtered, sorted with their places, summed up.
-    step += rows * vocabulary * 4 * (branches + 8)
+    found, vocabulary = [], system.tokenizer.config.vocabulary
+    for model, steps in system.networks(plan, used):
+        generator = model.generator
+        if not hasattr(generator, "memory_bytes"):
+            raise InputError(f"memory: {type(generator).__name__} doesn't tell what it holds; leave the limit out")
+        element = next(generator.parameters()).element_size()
+        row = branches * generator.config.width * generator.live_widths * element
+        # Logits in float32, a branch; guided, filtered, sorted with their places, summed up.
+        predicted = vocabulary * 4 * (branches + 8)
+        walked = replace(plan, steps=plan.steps[:steps.stop])
+        step = generator.rows_at_once(walked) * (row + predicted)
+        if steps.start:  # in the first call the steps before it, too
+            step = max(step, plan.starts[steps.start + 1] * row + plan.steps[steps.start].rows * predicted)
+        found.append((generator.memory_bytes(walked, branches), step))
     sizes, held = system.tokenizer.config.autoencoder, system.tokenizer.decoder.output.weight.element_size()
-    return Needs(weight_bytes(system), generator.memory_bytes(plan, branches), step,
-                 decoder_bytes(sizes, plan.grid, held), decoder_bytes(sizes, plan.grid, held, ROWS))
+    return Needs(weight_bytes(system), *max(found, key=sum), decoder_bytes(sizes, plan.grid, held),
+                 decoder_bytes(sizes, plan.grid, held, ROWS))
 
 
 def weight_bytes(system: nn.Module) -> int:

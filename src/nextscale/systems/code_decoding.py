@@ -119,6 +119,11 @@ class CollaborativeSystem(VAR):
         used = super().settings_for(purpose, changes)
         return replace(used, draft_steps=self.steps_drafted(used.draft_steps))  # so that a picture's metadata has it
 
+    def networks(self, plan: Plan, used: Any = None) -> Sequence[tuple[Any, range]]:
+        drafted = self.steps_drafted(None if used is None else used.draft_steps)
+        both = ((self.drafter, range(drafted)), (self, range(drafted, len(plan))))
+        return [(model, steps) for model, steps in both if steps]
+
     def start(self, labels_Bn: Tensor, guidance: Guidance, noise: Noise, plan: Plan | None = None) -> Run:
         run = super().start(labels_Bn, guidance, noise, plan)
         run.condition = ClassCondition(self.drafter.labels, labels_Bn)

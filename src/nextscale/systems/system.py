@@ -354,7 +354,7 @@ class System(nn.Module):
         rows = self.label_rows(labels, count)
         used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
         plan, guidance = self.plan_for(used, schedule), guidance or self.guidance(used)
-        sizes = self.batches(min(batch_size, len(rows)), plan, guidance, memory_limit)
+        sizes = self.batches(min(batch_size, len(rows)), plan, guidance, memory_limit, used)
         began, parts, stopped = time.perf_counter(), [], False
         pieces = list(chunks(len(rows), sizes.drawn))
         with Progress(len(pieces) * walked(plan, hooks), "drawing", progress) as bar:
@@ -381,14 +381,21 @@ class System(nn.Module):
                     break
         return joined(parts, output, time.perf_counter() - began)
 
-    def batches(self, asked: int, plan: Plan, guidance: Guidance, limit: int | None = None) -> Batches:
+    def networks(self, plan: Plan, used: Any = None) -> Sequence[tuple[Any, range]]:
+        """Who draws the steps of a plan under some settings (None: the model's own), one after the other: what has a
+        ``generator``, and which steps. One that follows another first goes through all steps before its own."""
+        return [(self, range(len(plan)))]
+
+    def batches(self, asked: int, plan: Plan, guidance: Guidance, limit: int | None = None,
+                used: Any = None) -> Batches:
         """How many pictures are drawn and decoded at once where ``asked`` are wanted; one line of the log says so where
-        they are fewer. limit: bytes, weights included; None: what the device has left."""
+        they are fewer. limit: bytes, weights included; None: what the device has left. used: the settings."""
         if asked < 1:
             raise InputError(f"batch_size is {asked}; it must be at least 1")
-        if limit is None and not hasattr(self.generator, "memory_bytes"):  # another package's, that doesn't tell
+        if limit is None and not all(hasattr(model.generator, "memory_bytes")  # another package's, that doesn't tell
+                                     for model, _ in self.networks(plan, used)):
             return Batches(asked, asked)
-        need = needs(self, plan, len(guidance.branches))
+        need = needs(self, plan, len(guidance.branches), used)
         found = plan_batches(asked, need, limit, free_memory(self.device) if limit is None else None)
         if found.note is not None:
             logging.getLogger("nextscale").warning(found.note)
