@@ -27,6 +27,15 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def waited(now: Now, device: torch.device) -> Now:
+    """The same clock, read when the device has done all that it was given."""
+    def read() -> float:
+        wait_for(device)
+        return now()
+
+    return read
+
+
 class Clock(Recorder):
     """Seconds by phase, from when it is made until ``stop``; an inner phase is not counted in the outer one.
 
