@@ -12,6 +12,7 @@ import torch
 from doubles import CommitAfterClean, ControlTower, MaskedRounds
 from torch import Tensor
 
+from nextscale.acceleration.cache_baselines import PyramidKV, SlidingWindow, SnapKV
 from nextscale.acceleration.fastvar import FastVAR
 from nextscale.acceleration.hack import HACK
 from nextscale.acceleration.litevar import LiteVAR
@@ -116,6 +117,21 @@ def heads(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     return HACK(table, compression=0.0 if neutral else 0.6, queries=3)
 
 
+def snapped(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
+    """Every head keeps what the last rows of a step attend to most."""
+    return SnapKV(1.0 if neutral else 0.5, window=2, kernel=3)
+
+
+def pyramid(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
+    """The same with a smaller budget for the later layer."""
+    return PyramidKV(1.0, window=2, kernel=3, beta=1.0) if neutral else PyramidKV(0.5, window=2, kernel=3, beta=4.0)
+
+
+def sliding(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
+    """The first rows and the latest stay."""
+    return SlidingWindow(1.0 if neutral else 0.4, sinks=1)
+
+
 def tower(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
     control = torch.randn(len(SEEDS), len(m.plan), BODY.width, generator=torch.Generator().manual_seed(5))
     return ControlTower({"base.1": tower_block()}, control[list(items)], 0.0 if neutral else 1.0)
@@ -156,7 +172,8 @@ def diverse(neutral: bool, m: Any, items: Sequence[int]) -> Hook:
 
 HOOKS: dict[str, Callable[[bool, Any, Sequence[int]], Hook]] = {
     "pruned": pruned, "random": random_rows, "layers": layers, "heads": heads, "tower": tower, "forced": forced,
-    "window": window, "shared": shared, "softcfg": softcfg, "diverse": diverse}
+    "window": window, "shared": shared, "softcfg": softcfg, "diverse": diverse, "snapkv": snapped,
+    "pyramidkv": pyramid, "sliding": sliding}
 HEADS: dict[str, Callable[[Any, bool], Any]] = {
     "plain": lambda m, neutral: m.head,
     "clean": lambda m, neutral: CommitAfterClean(m.head, 1, 0.0) if neutral else CommitAfterClean(m.head),
@@ -169,7 +186,7 @@ GUIDANCE: dict[str, Any] = {
 @dataclass(frozen=True)
 class Case:
     """Hooks (first is innermost), a head, a guidance, a visibility, the number of maps, and whether of text: one way to
-    sample."""
+    sample. neutral: all of it at the setting that does nothing; idle: those of the hooks."""
 
     hooks: tuple[str, ...] = ()
     head: str = "plain"
@@ -178,9 +195,11 @@ class Case:
     previous_only: bool = False
     neutral: bool = False
     text: bool = False
+    idle: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [*self.hooks, *(p for p in (self.head, self.guidance) if p not in ("plain", "two"))]
+        parts = [f"idle-{name}" if name in self.idle else name for name in self.hooks]
+        parts += [p for p in (self.head, self.guidance) if p not in ("plain", "two")]
         parts += ["joint"] * (self.maps == 2) + ["previous_only"] * self.previous_only + ["text"] * self.text
         return "+".join(parts) or "nothing"
 
@@ -194,7 +213,7 @@ class Case:
 
     def make_hooks(self, items: Sequence[int] = range(len(SEEDS))) -> list[Hook]:
         """The hooks, for a run of the pictures ``items``."""
-        return [HOOKS[name](self.neutral, self.model, items) for name in self.hooks]
+        return [HOOKS[name](self.neutral or name in self.idle, self.model, items) for name in self.hooks]
 
     def condition(self, items: Sequence[int] = range(len(SEEDS))) -> Condition:
         if self.text:
@@ -218,16 +237,27 @@ class Case:
 
 
 SINGLE = [Case((name,)) for name in HOOKS]
-# Two policies of one memory, two LiteVARs, and what chooses rows in a branch whose keys are not there or changes what
-# that branch reads, or drops keys before a window shows what is left.
-REFUSED = {("layers", "heads"), ("window", "shared"), ("pruned", "shared"), ("layers", "shared"), ("heads", "shared"),
-           ("heads", "window"), ("shared", "softcfg")}
-COMBINED = [name for name in HOOKS if name != "random"]  # else the same hook at another setting
+POLICIES = ("layers", "heads", "snapkv", "pyramidkv", "sliding")
+# Two policies of one memory, a hook twice, and what chooses rows in a branch whose keys are not there or changes what
+# that branch reads, or drops keys before a window shows what is left. Each with words of the reason.
+REFUSED = {
+    **dict.fromkeys(itertools.combinations(POLICIES, 2), "each decide what the same layers remember"),
+    **dict.fromkeys([("pruned", "random"), ("window", "shared")], "the run carries it twice"),
+    **dict.fromkeys([("pruned", "shared"), ("random", "shared")], "picks rows in every branch by itself"),
+    **dict.fromkeys([("layers", "shared"), ("heads", "shared"), ("shared", "softcfg"), ("shared", "snapkv"),
+                     ("shared", "pyramidkv"), ("shared", "sliding")], "acts on the attention of every branch"),
+    ("heads", "window"): "drops keys before attention reads them"}
+# Without what is another hook at another setting, or chooses rows as another one does.
+COMBINED = [name for name in HOOKS if name not in ("random", *POLICIES[2:])]
 PAIRS = [Case(pair) for pair in itertools.combinations(COMBINED, 2) if pair not in REFUSED]
+PAIRS += [Case(pair) for pair in (("pruned", "snapkv"), ("tower", "snapkv"), ("softcfg", "pyramidkv"),
+                                  ("diverse", "pyramidkv"), ("pruned", "sliding"), ("window", "sliding"))]
 # Rows pruned, memories shrunk and guidance softened at once; with two networks in test_collaborative.py.
 TOGETHER = Case(("pruned", "layers", "softcfg"))
 REVERSED = [Case(("layers", "pruned")), Case(("tower", "heads")), Case(("tower", "pruned")), Case(("window", "layers"))]
 WITH_HEADS = [Case(hooks, head) for head in ("clean", "rounds") for hooks in ((), *((name,) for name in COMBINED))]
+# One of a pair at the setting that does nothing.
+ONE_IDLE = [replace(case, idle=(name,)) for case in PAIRS for name in case.hooks]
 OTHERS = [Case((), guidance="three"), Case(("pruned", "layers"), guidance="three"), Case(("heads",), guidance="none"),
           *(Case(hooks, maps=2) for hooks in ((), ("pruned",), ("heads",), ("tower", "forced"), ("forced",))),
           *(Case(hooks, previous_only=True) for hooks in ((), ("pruned",), ("layers",), ("heads", "tower"))),

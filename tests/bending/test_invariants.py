@@ -5,7 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, GUIDANCE, HOOKS, PAIRS, SINGLE, TEXT, WITH_HEADS, Case, bits, finished, same_bits, same_tokens
+from cases import (
+    CASES,
+    GUIDANCE,
+    HOOKS,
+    ONE_IDLE,
+    PAIRS,
+    SINGLE,
+    TEXT,
+    WITH_HEADS,
+    Case,
+    bits,
+    finished,
+    same_bits,
+    same_tokens,
+)
 
 from nextscale.run import At
 from nextscale.sampling.steps import evaluator
@@ -45,6 +59,16 @@ def test_a_double_at_its_neutral_setting_equals_none_bit_for_bit(case: Case) -> 
     same_tokens(with_it, without)
     assert torch.equal(with_it.canvas.value, without.canvas.value)
     for one, other in zip(with_it.log_probs, without.log_probs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("case", ONE_IDLE, ids=str)
+def test_one_of_a_pair_at_its_neutral_setting_equals_the_other_alone_bit_for_bit(case: Case) -> None:
+    (active,) = set(case.hooks) - set(case.idle)
+    with_it, alone = finished(case), finished(replace(case, hooks=(active,), idle=()))
+    same_tokens(with_it, alone)
+    assert torch.equal(with_it.canvas.value, alone.canvas.value)
+    for one, other in zip(with_it.log_probs, alone.log_probs, strict=True):
         assert torch.equal(one, other)
 
 

@@ -1,12 +1,13 @@
 """What can't compose is refused with a reason, before a token is wrong."""
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from cases import GUIDANCE, HOOKS, SEEDS, Case, model
+from cases import GUIDANCE, HOOKS, REFUSED, SEEDS, Case, model
 from doubles import jacobi
 from test_doubles import ONE_ROW_STEPS, sequential
 from torch import Tensor
@@ -50,10 +51,16 @@ def test_two_prunings_are_refused() -> None:
         case.go(case.start(), hooks=[FastVAR(0.5), Half()])
 
 
-def test_two_policies_of_one_memory_are_refused() -> None:
-    with pytest.raises(InputError, match="hack and scalekv would each decide"):
-        case = Case(("heads", "layers"))
-        case.go(case.start())
+@pytest.mark.parametrize("pair", list(itertools.permutations(HOOKS, 2)), ids="+".join)
+def test_pairs_that_cant_compose_are_refused_with_a_reason_in_both_orders_and_no_others(pair: tuple[str, str]) -> None:
+    case, run = Case(pair), Case(pair).start()
+    reason = REFUSED.get(pair, REFUSED.get(pair[::-1]))
+    if reason is None:
+        case.go(run, until=1)
+    else:
+        with pytest.raises(InputError, match=reason):
+            case.go(run, until=1)
+        assert not run.tokens, "refused after a step was drawn"
 
 
 def test_rows_that_stay_must_lead_a_selection_and_provisional_ones_cant_be_selected() -> None:
