@@ -18,7 +18,6 @@ import test_nfig
 import torch
 from tiny import PHRASES, emoji, tiny_var
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import nextscale
 from nextscale.acceleration.fastvar import (
@@ -33,6 +32,7 @@ from nextscale.acceleration.fastvar import (
 from nextscale.cli import main
 from nextscale.context import Context
 from nextscale.errors import InputError
+from nextscale.evaluation.flops import counted_flops
 from nextscale.layers.memory import Memory
 from nextscale.noise import Keyed
 from nextscale.plan import Plan
@@ -131,16 +131,11 @@ def started(system: VAR, pictures: int = 2) -> Run:
 
 
 def flops_of(system: VAR, hooks: list[FastVAR]) -> tuple[Run, int]:
-    """With attention counted as it runs on a CPU."""
-    def attention(q: Any, k: Any, v: Any, *given: Any, **more: Any) -> int:
-        return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
-
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     run = started(system)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
+    with torch.no_grad(), counted_flops() as flops:
         for _ in sample_steps(system, run, ClassifierFree(2.0), (), hooks):
             pass
-    return run, counter.get_total_flops()
+    return run, flops.total
 
 
 @pytest.mark.parametrize("hook", [FastVAR((0.4, 0.5), (0, 1)), FastVAR(0.75, (1, 0)), FastVAR((0.25, 0.25, 0.9))],
