@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_code_decoding import tiny_pair
 from test_flexvar import tiny as tiny_flexvar
 from test_hmar import tiny as tiny_hmar
 from test_m_var import tiny as tiny_m_var
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nextscale import run as run_module
 from nextscale.context import Context, Hook
 from nextscale.errors import InputError
 from nextscale.noise import Keyed
@@ -104,6 +106,35 @@ def test_every_number_of_pictures_and_branches_has_graphs_of_its_own() -> None:
     assert len(recorders.made) == 12
 
 
+def test_numbers_drawn_ahead_are_those_of_the_steps_and_never_more_than_allowed(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allowed, and of the noise that the run has now: a gathered run's copies have other keys."""
+    system, guidance, drawn = tiny_var(), ClassifierFree(2.0), list[int]()
+    plain = Keyed.uniform
+
+    def counted(self: Keyed, what: str, step: Tensor, round: int, cells: Tensor, width: int = 1) -> Tensor:
+        found = plain(self, what, step, round, cells, width)
+        drawn.append(len(found) * found.shape[1] * -(-width // 4) * 4)
+        return found
+
+    monkeypatch.setattr(Keyed, "uniform", counted)
+    for most, times in ((2**20, 1), (2 * 16 * 4, 2), (0, 4)):
+        monkeypatch.setattr(run_module, "AHEAD", most)
+        drawn.clear()
+        run = start(system, system.plan, guidance)
+        for k, step in enumerate(system.plan):
+            run.cursor = k
+            at = run.plan.span(k, k + 1)
+            wanted = plain(run.noise, "token", system.plan.step_of_row[None, at], 1, run.order[:, at], 3)
+            assert torch.equal(run.uniform("token", 1, 3), wanted) and wanted.shape == (2, step.rows, 3)
+        assert len(drawn) == times and (times == 4 or max(drawn) <= most)
+        run.cursor = 0
+        first, twice = run.uniform("token"), run.gather([1, 1])
+        assert torch.equal(twice.uniform("token")[0], first[1]) and not torch.equal(*twice.uniform("token"))
+        run.noise = Keyed.from_seeds([7, 8])
+        assert not torch.equal(run.uniform("token"), first)
+
+
 @pytest.mark.parametrize("options", [
     {"top_k": 5, "top_p": 0.9, "temperature": 1.3}, {"guidance_schedule": "cosine"}, {"smooth": True},
     {"temperatures": (1.0, 1.0, 0.9, 0.8)}], ids=str)
@@ -171,6 +202,16 @@ def test_what_was_captured_in_inference_mode_serves_outside_of_it(first: Any) ->
             assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
+def test_a_refiner_goes_on_in_memory_of_its_own() -> None:
+    """Behind a hand-over, whose prefill isn't captured, its steps aren't either: their graphs would serve one run."""
+    system, recorders = tiny_pair(draft_steps=2), Recorders()
+    hook = CapturedSteps(recorders)
+    for seed in (0, 1, 2):
+        found, wanted = (system.generate([0, 1], seed=seed, output="torch", hooks=hooks) for hooks in ([hook], []))
+        assert all(torch.equal(a, b) for a, b in zip(found.tokens, wanted.tokens, strict=True))
+    assert [recorder.replays for recorder in recorders.made] == [3] * 2
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_can_t_be_captured_is_drawn_as_ever(alone: bool, caplog: pytest.LogCaptureFixture) -> None:
     def refused(work: Callable[[], Any]) -> Any:
@@ -212,8 +253,9 @@ def test_a_capture_is_made_and_replayed_on_the_run_s_own_device(monkeypatch: pyt
     family, at = Family(), list[Any]()
     graph, _ = CapturedSteps._cuda_capture(family, device, lambda: at.append(list(entered)))
     assert [given[0] for given in at] == [(device,)] * 2 and len(at[0]) == len(at[1]) == 2
-    captured, pool, stream = at[1][1]
-    assert stream.given == (device,) and pool == family.pool == "pool" and isinstance(captured, Fake)
+    captured, pool, stream, errors = at[1][1]
+    assert stream.given == (device,) and errors == "thread_local" and isinstance(captured, Fake)
+    assert pool == family.pool == "pool"
     graph.replay()
     assert replayed == [[(device,)]] and not entered
 

@@ -158,7 +158,7 @@ class CapturedSteps(Hook):
 
         def captured(call: Call) -> Tensor:
             memory = run.memory
-            if not capturable(call) or torch.is_grad_enabled() or not self._owns(memory):
+            if not capturable(call) or torch.is_grad_enabled() or not self._owns(run):
                 return evaluate(call)
             memory.begin()
             family = self._family((generator, *_kind(run)))
@@ -189,15 +189,16 @@ class CapturedSteps(Hook):
             self._families.popitem(last=False)
         return found
 
-    def _owns(self, memory: Memory) -> bool:
-        """Whether a run's memory is the one that lives in the captured tensors; one that is empty becomes it."""
+    def _owns(self, run: Run) -> bool:
+        """Whether a run's memory is the one that lives in the captured tensors; that of one that begins becomes it."""
+        memory = run.memory
         if self._owner is not None and self._owner() is memory:
             return True
         known = self._before.get(id(memory))
         if known is not None and known() is memory:
             raise InputError("captured steps: another run was begun in the memory of this one; gather a run before "
                              "another begins, or draw one after the other")
-        if memory.log is not None or memory.groups or memory.state:
+        if run.cursor or memory.log is not None or memory.groups or memory.state:
             return False
         self._owner = weakref.ref(memory)
         self._before = {key: ref for key, ref in self._before.items() if ref() is not None}
@@ -209,7 +210,7 @@ class CapturedSteps(Hook):
     def _replayed(self, choice: Choice, run: Run) -> bool:
         """Do a step by its graph, which is captured where there is none; False where that can't be."""
         memory = run.memory
-        if torch.is_grad_enabled() or not isinstance(run.noise, Keyed) or not self._owns(memory):
+        if torch.is_grad_enabled() or not isinstance(run.noise, Keyed) or not self._owns(run):
             return False
         memory.begin()
         family = self._family((choice.generator, choice.head.replays, choice.guidance, choice.filters, *_kind(run)))
@@ -315,8 +316,9 @@ class CapturedSteps(Hook):
                 work()
             before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # The stream is named, for torch's own is of the device that was the current one when it was made.
-            with torch.cuda.graph(graph, pool=family.pool, stream=stream):
+            # The stream is named, for torch's own is of the device that was the current one when it was made; what other
+            # threads do (saving pictures) is no part of the capture.
+            with torch.cuda.graph(graph, pool=family.pool, stream=stream, capture_error_mode="thread_local"):
                 found = work()
         return OnDevice(graph, device), found
 
