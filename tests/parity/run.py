@@ -430,7 +430,7 @@ def replay_hmar(checks: Checks, system: HMAR, recorded: dict[str, Tensor], used:
     seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     head = InRounds(system.head, rounds, lambda k, j, masked, sample: seen.update({(k, j): (masked, sample.tokens)}))
     for part in (system.head.next, system.head.mask):
-        part.draw = likeliest if used["draw"] == "argmax" else type(part).draw.__get__(part)
+        part.choose = likeliest if used["draw"] == "argmax" else type(part).choose.__get__(part)
     drawn = system.start(labels, guidance, noise)
     for _ in sample_steps(SimpleNamespace(generator=system.generator, head=head), drawn, guidance, filters):
         k = drawn.cursor - 1
@@ -496,7 +496,7 @@ def replay_car(checks: Checks, system: CAR, recorded: dict[str, Tensor], used: d
         checks.close("greedy_image", lambda: (system.tokenizer.decode(drawn.canvas) + 1) / 2)
 
 
-def likeliest(logits: Tensor, noise: object, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
+def likeliest(logits: Tensor, uniform: Tensor, exact: bool = False) -> Sample:
     """The likeliest token that the filters left, with its probability among them."""
     log_prob, tokens = logits.float().log_softmax(-1).max(-1)
     return Sample(tokens, log_prob, log_prob.exp())
