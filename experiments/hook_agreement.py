@@ -18,6 +18,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ import nextscale
 from nextscale.cli.options import make_hooks
 from nextscale.context import Hook
 from nextscale.data import open_dataset
-from nextscale.errors import NextscaleError
+from nextscale.errors import InputError, NextscaleError
 from nextscale.evaluation.flops import counted_flops
 from nextscale.heads.categorical import token_log_prob
 from nextscale.noise import Keyed
@@ -51,7 +52,9 @@ def draw(system: Any, labels: Sequence[Any], seed: int, hooks: Sequence[Hook]) -
 
 @torch.no_grad()
 def nats(system: Any, pictures: Tensor, labels: Sequence[Any], hooks: Sequence[Hook]) -> float:
-    """Nats a token of the last step, given the true tokens before it; NaN where it is left out."""
+    """Nats a token of the last step, given the true tokens before it; NaN where it is left out.
+
+    Raises InputError for a hook that acts on guided runs alone."""
     prepare(system, system.plan, hooks)
     tokens, guidance = system.encode(pictures), Unguided()
     if walked(system.plan, hooks) < len(system.plan):
@@ -68,13 +71,14 @@ def nats(system: Any, pictures: Tensor, labels: Sequence[Any], hooks: Sequence[H
     return -float(token_log_prob(logits, tokens[-1]).mean())
 
 
-def measure(system: Any, texts: Sequence[str], count: int, held_out: int, seed: int) -> list[dict[str, Any]]:
+def measure(system: Any, texts: Sequence[str], count: int, held_out: int, seed: int, spec: str = "emoji",
+            split: str = "concept-test") -> list[dict[str, Any]]:
     """The figures of every contestant, the one without hooks first."""
     classes, styles = system.config.classes[0], system.config.classes[1:]
     labels = [(i * classes // count, *(i % style for style in styles)) for i in range(count)]
     pictures = real = None
     if held_out and system.likelihood:
-        data = open_dataset("emoji", system.tokenizer.picture_size, "concept-test")
+        data = open_dataset(spec, system.tokenizer.picture_size, split)
         places = torch.linspace(0, len(data) - 1, held_out).long()
         pictures = torch.from_numpy(data.read(places.numpy())[0][:, :3].copy()).float() / 127.5 - 1
         real = [tuple(row) for row in data.labels[places].tolist()]
@@ -86,13 +90,15 @@ def measure(system: Any, texts: Sequence[str], count: int, held_out: int, seed: 
                  for groups in run.memory.groups.values() for group in groups)
         if not found:
             base, base_images = run, images
-        pairs = list(zip(run.tokens, base.tokens, strict=False))
+        pairs, of_real = list(zip(run.tokens, base.tokens, strict=False)), math.nan
+        with suppress(InputError):
+            of_real = math.nan if pictures is None or real is None else nats(system, pictures, real, hooks)
         found.append({
             "hook": text or "none", "flops": flops, "kv": kv, "state": run.memory.bytes() - kv,
             "psnr": float(psnr(images, base_images).mean()) if text else math.nan,
             "tokens": float(torch.cat([a == b for a, b in pairs], 1).float().mean()),
             "last": float((pairs[-1][0] == pairs[-1][1]).float().mean()),
-            "nats": math.nan if pictures is None or real is None else nats(system, pictures, real, hooks)})
+            "nats": of_real})
     return found
 
 
@@ -101,11 +107,14 @@ def main() -> int:
     parser.add_argument("--hook", action="append", default=[], required=True)
     parser.add_argument("--model", default="runs/emoji-64")
     parser.add_argument("--count", type=int, default=64, help="pictures to draw")
-    parser.add_argument("--held-out", type=int, default=64, help="emoji of held-out concepts for the nats; 0 for none")
+    parser.add_argument("--held-out", type=int, default=64, help="pictures for the nats; 0 for none")
+    parser.add_argument("--data", default="emoji", help="held-out pictures, labelled as the model's")
+    parser.add_argument("--split", default="concept-test", help="of the data")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     try:
-        found = measure(nextscale.load(given.model), given.hook, given.count, given.held_out, given.seed)
+        found = measure(nextscale.load(given.model), given.hook, given.count, given.held_out, given.seed,
+                        given.data, given.split)
     except NextscaleError as error:
         print(f"hook_agreement: {error}", file=sys.stderr)
         return 2
