@@ -316,8 +316,8 @@ class CapturedSteps(Hook):
                 work()
             before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # The stream is named, for torch's own is of the device that was the current one when it was made; what other
-            # threads do (saving pictures) is no part of the capture.
+            # The stream is named, for torch's own is of the device that was the current one when it was made; what
+            # other threads do (saving pictures) is no part of the capture.
             with torch.cuda.graph(graph, pool=family.pool, stream=stream, capture_error_mode="thread_local"):
                 found = work()
         return OnDevice(graph, device), found
