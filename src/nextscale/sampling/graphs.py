@@ -381,6 +381,7 @@ def _given(family: Family, run: Run) -> Given:
     if given.of[0]() is not run.memory or not all(a is b for a, b in zip(given.of[1:], of[1:], strict=True)):
         given.condition.held.copy_(run.conditions())
         given.noise.key_B2.copy_(run.noise.key_B2)
+        given.noise.forks_B.copy_(run.noise.forks_B)
         if given.order is not run.order:
             given.order.copy_(run.order)
         given.of = of
