@@ -83,14 +83,13 @@ class MaskedRounds:
                filters: Sequence[Filter] = ()) -> Sample:
         raw, step, k = call.raw[-1], call.rows.step[:1, call.predicts], run.cursor
         rounds = 1 if raw is None else self.rounds
-        cells = run.order[:, run.plan.span(k, k + 1)]
         tokens = torch.zeros(run.pictures, step.shape[1], dtype=torch.int64, device=run.device)
         fixed, log_prob = tokens.bool(), tokens.float()
         for round in range(rounds):
             rows = call.rows if round == rounds - 1 else replace(call.rows, keep=call.predicts.start)
             outputs = self.head.outputs(evaluate(replace(call, rows=rows))[:, call.predicts], run.branches)
             logits = self.head.distribution(outputs, replace(run.at, round=round), guidance, filters)
-            drawn = self.head.draw(logits, run.noise, step, cells, round)
+            drawn = self.head.choose(logits, run.uniform("token", round))
             tokens, log_prob = torch.where(fixed, tokens, drawn.tokens), torch.where(fixed, log_prob, drawn.log_prob)
             if round < rounds - 1:
                 sure = log_prob.masked_fill(fixed, torch.inf).topk(step.shape[1] * (round + 1) // rounds, 1).indices
@@ -123,7 +122,8 @@ def jacobi(model: Model, run: Run, guidance: Guidance, window: int, hooks: Seque
         for hook in hooks:
             call = hook.inputs(run, call)
         outputs = model.head.outputs(evaluator(model.generator, run, hooks, check=True)(call), run.branches)
-        drawn = model.head.draw(guidance(outputs, At(0, 1, 0, 1)), run.noise, step_BW, cell_BW3).tokens
+        uniform = run.noise.uniform("token", step_BW, 0, cell_BW3)
+        drawn = model.head.choose(guidance(outputs, At(0, 1, 0, 1)), uniform).tokens
         confirmed = (drawn == tokens.gather(1, step_BW))[:, :-1].long().cumprod(1).sum(1)
         count = torch.minimum(confirmed + 1, steps - at)
         run.commit(count)

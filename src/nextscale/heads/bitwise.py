@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.heads.categorical import Evaluate, Filter, Guidance, LogitsHead, token_log_prob
-from nextscale.noise import Noise, Recorded, inverse_cdf
+from nextscale.noise import inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
 
@@ -48,12 +48,8 @@ class BitwiseHead(LogitsHead):
         logits = self.distribution(outputs, run.at, guidance, filters)
         return self.choose(logits, run.uniform("token", width=self.bits), run.exact)
 
-    def draw(self, logits: Tensor, noise: Noise, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
-        """The bits (B, L, d) of one token a position, at steps (B|1, L) and cells (B|1, L, 3)."""
-        return self.choose(logits, noise.uniform("token", step, round, cells, self.bits), isinstance(noise, Recorded))
-
     def choose(self, logits: Tensor, uniform_BLd: Tensor, exact: bool = False) -> Sample:
-        """The same by given numbers in (0, 1), one a bit."""
+        """The bits (B, L, d) of one token a position by numbers in (0, 1), (B, L, d)."""
         tokens = inverse_cdf(logits, uniform_BLd, exact).bool()
         log_prob = self.log_prob(logits, tokens)
         return Sample(tokens, log_prob, (log_prob / self.bits).exp())

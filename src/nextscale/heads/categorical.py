@@ -10,7 +10,7 @@ from torch import Tensor
 from nextscale.heads.cross_entropy import LinearCrossEntropy, cross_entropy
 from nextscale.layers.bf16_training import trains_in_bf16_on_cpu
 from nextscale.layers.linear import Linear
-from nextscale.noise import Noise, Recorded, inverse_cdf
+from nextscale.noise import inverse_cdf
 from nextscale.run import At, Call, Run, Sample
 
 Evaluate = Callable[[Call], Tensor]
@@ -73,12 +73,8 @@ class CategoricalHead(LogitsHead):
         sample = self.choose(logits, run.uniform("token"), run.exact)
         return sample if soft is None else replace(sample, codes=soft(logits, run.at, run))
 
-    def draw(self, logits: Tensor, noise: Noise, step: Tensor, cells: Tensor, round: int = 0) -> Sample:
-        """One token a position from logits (B, L, V), at steps (B|1, L) and cells (B|1, L, 3)."""
-        return self.choose(logits, noise.uniform("token", step, round, cells), isinstance(noise, Recorded))
-
     def choose(self, logits: Tensor, uniform_BL1: Tensor, exact: bool = False) -> Sample:
-        """The same by given numbers in (0, 1), one a position."""
+        """One token a position from logits (B, L, V), by numbers in (0, 1), (B, L, 1)."""
         tokens = inverse_cdf(logits, uniform_BL1[..., 0], exact)
         log_prob = self.log_prob(logits, tokens)
         return Sample(tokens, log_prob, log_prob.exp())
