@@ -1,14 +1,46 @@
-"""Which device to compute on."""
+"""Which device to compute on, and what has been brought there."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nextscale import parallel
 from nextscale.errors import DeviceError
+
+_RESIDENT: dict[tuple[int, torch.device], tuple[weakref.ref[Tensor], Tensor]] = {}
+"""Copies of tables by what they were made from, as long as that lives."""
+
+
+def resident(table: Tensor, device: torch.device) -> Tensor:
+    """A table that nobody writes to, on a device: copied there once, since at every copy the host waits until a GPU has
+    done all that was asked of it before."""
+    if table.device == device or torch.compiler.is_compiling():
+        return table.to(device)
+    key = id(table), device
+    found = _RESIDENT.get(key)
+    if found is None or found[0]() is not table:
+        with torch.inference_mode(False):  # a first use under inference mode would spoil the copy for training
+            found = weakref.ref(table, lambda _: _RESIDENT.pop(key, None)), table.to(device)
+        _RESIDENT[key] = found
+    return found[1]
+
+
+def listed(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor on a device, (n,), copied there once."""
+    return resident(_table(tuple(numbers)), device)
+
+
+@lru_cache(maxsize=1024)
+def _table(numbers: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -81,12 +81,12 @@ class SnapKV(SharePolicy):
 
     def choose(self, ctx: Context, address: str, q: Tensor, rows: Rows, budget: int) -> Tensor:
         group, own = only_group(ctx, address), len(rows)
-        last = list(range(max(0, own - self.window), own))
+        last = range(max(0, own - self.window), own)
         assert ctx.memory is not None
         tags = ctx.memory.tags_of(group)
         assert tags is not None
-        scores = window_scores(q[:, :, last], group.k[:, :, :group.rows], last, own, self.kernel, self.pooling, "paper",
-                               ctx.scale(address), hidden_keys(rows, tags.step))
+        scores = window_scores(q[:, :, last.start:], group.k[:, :, :group.rows], last, own, self.kernel, self.pooling,
+                               "paper", ctx.scale(address), hidden_keys(rows, tags.step))
         return best(scores, budget)
 
 

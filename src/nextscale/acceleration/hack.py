@@ -20,6 +20,7 @@ from nextscale.acceleration.calibration import Observed, grid_of, measure
 from nextscale.acceleration.memory_policy import MemoryPolicy, step_of, whole_plan
 from nextscale.acceleration.observation import best, hidden_keys, pooled, probabilities, strided
 from nextscale.context import Context
+from nextscale.devices import listed
 from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.memory import Group
 from nextscale.plan import Plan
@@ -158,7 +159,7 @@ class HACK(MemoryPolicy):
         assert ctx.memory is not None
         tags = ctx.memory.tags_of(group)
         assert tags is not None
-        judges = q[:, :, strided(len(rows), self.queries)]
+        judges = q[:, :, listed(strided(len(rows), self.queries), q.device)]
         scores = probabilities(judges, group.k[:, :, :group.rows], ctx.scale(address),
                                hidden_keys(rows, tags.step)).mean(2)
         if contextual:

@@ -4,12 +4,14 @@ Shared by the policies (ScaleKV, HACK, SnapKV, PyramidKV) and by the calibration
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.devices import listed
 from nextscale.errors import InputError
 from nextscale.plan import Step
 from nextscale.run import Rows
@@ -85,7 +87,7 @@ def check_share(share: float, kernel: int, who: str) -> None:
         raise InputError(f"{who}: kernel is {kernel}; it must be odd")
 
 
-def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: list[int], own: int, kernel: int, pooling: Pooling,
+def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: Sequence[int], own: int, kernel: int, pooling: Pooling,
                   scoring: Scoring, scale: float, hidden: Tensor | None = None) -> Tensor:
     """Scores (R, H, N) of remembered rows by the window's queries; the window's own rows score infinity, so they stay.
 
@@ -93,7 +95,7 @@ def window_scores(q_RHQE: Tensor, k_RHNE: Tensor, positions: list[int], own: int
     scale q k^T, pooled as the code pools it: an average next to the window, whose rows score minus infinity, is minus
     infinity, too. paper: sum of softmax(scale q k^T), over all keys, whose averages count the window's rows.
     """
-    at = k_RHNE.shape[2] - own + torch.tensor(positions, device=k_RHNE.device)
+    at = k_RHNE.shape[2] - own + listed(positions, k_RHNE.device)
     if scoring == "paper":
         scores = probabilities(q_RHQE, k_RHNE, scale, hidden).sum(2)
     else:

@@ -26,6 +26,7 @@ from nextscale.acceleration.observation import (
     window_scores,
 )
 from nextscale.context import Context
+from nextscale.devices import listed
 from nextscale.errors import InputError, did_you_mean
 from nextscale.plan import Plan
 from nextscale.run import Rows
@@ -136,9 +137,10 @@ class ScaleKV(MemoryPolicy):
         tags = ctx.memory.tags_of(group)
         assert tags is not None
         query = ctx.offered(address, "bare query", rows) if self.scoring == "published" else q
+        judging = query[:, :, listed(positions, query.device)]
         scale = q.shape[-1]**-0.5 if self.scoring == "published" else ctx.scale(address)
-        return window_scores(query[:, :, positions], group.k[:, :, :group.rows], positions, len(rows), self.kernel,
-                             self.pooling, self.scoring, scale, hidden_keys(rows, tags.step))
+        return window_scores(judging, group.k[:, :, :group.rows], positions, len(rows), self.kernel, self.pooling,
+                             self.scoring, scale, hidden_keys(rows, tags.step))
 
 
 # Calibration

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Attend, Context, Hook, overrides
+from nextscale.devices import resident
 from nextscale.errors import InputError
 from nextscale.plan import Plan, Span
 from nextscale.run import Rows
@@ -57,7 +58,8 @@ def features(x: Tensor, degree: int) -> Tensor:
     """phi of vectors (..., m), (..., C(m + g, g)): phi(q) . phi(k) = T_g(q . k)."""
     parts = [torch.ones_like(x[..., :1])]
     for parent, variable, root in _monomials(x.shape[-1], degree):
-        parts.append(parts[-1][..., parent.to(x.device)] * x[..., variable.to(x.device)] * root.to(x))
+        parts.append(parts[-1][..., resident(parent, x.device)] * x[..., resident(variable, x.device)]
+                     * resident(root, x.device).to(x.dtype))
     return torch.cat(parts, -1)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nextscale.devices import listed
 from nextscale.errors import InputError
 from nextscale.parallel import rand_pictures
 
@@ -26,7 +27,7 @@ class ClassTable(nn.Module):
     @property
     def null(self) -> Tensor:
         """The labels that mean nothing is given, (n,)."""
-        return torch.tensor(self.sizes, device=next(self.parameters()).device)
+        return listed(self.sizes, next(self.parameters()).device)
 
     def forward(self, labels_Bn: Tensor) -> Tensor:
         """Labels (B, n) to conditions (B, D)."""

@@ -242,8 +242,9 @@ class SolvedFlow:
             needed = getattr(guidance, "needed", None)
             names = run.branches if needed is None else needed(at)
             if names != run.branches and names not in parts:
-                places = [torch.arange(run.pictures) + run.branches.index(name) * run.pictures for name in names]
-                parts[names] = whole.of(torch.cat(places).to(x.device))
+                places = [run.branches.index(name) * run.pictures + torch.arange(run.pictures, device=x.device)
+                          for name in names]
+                parts[names] = whole.of(torch.cat(places))
             time_R = torch.full((len(names) * run.pictures,), at.time, device=x.device)
             found = self.head(x.float().repeat(len(names), 1, 1), time_R, parts.get(names, whole)).to(x.dtype)
             return guidance(dict(zip(names, found.chunk(len(names)), strict=True)), at)

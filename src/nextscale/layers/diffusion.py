@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from nextscale.devices import resident
 from nextscale.errors import InputError
 
 STEPS = 1000
@@ -54,9 +55,44 @@ class Chain:
         return variance.log()
 
     @cached_property
+    def signal_S(self) -> Tensor:
+        """sqrt(abar)."""
+        return self.kept_S.sqrt()
+
+    @cached_property
+    def noise_S(self) -> Tensor:
+        """sqrt(1 - abar)."""
+        return (1 - self.kept_S).sqrt()
+
+    @cached_property
+    def inverse_signal_S(self) -> Tensor:
+        """sqrt(1 / abar)."""
+        return (1 / self.kept_S).sqrt()
+
+    @cached_property
+    def noise_over_signal_S(self) -> Tensor:
+        """sqrt(1 / abar - 1)."""
+        return (1 / self.kept_S - 1).sqrt()
+
+    @cached_property
+    def posterior_of_clean_S(self) -> Tensor:
+        """Weight of x_0 in the posterior mean."""
+        return self.beta_S * self.kept_before_S.sqrt() / (1 - self.kept_S)
+
+    @cached_property
+    def posterior_of_noisy_S(self) -> Tensor:
+        """Weight of x_i in the posterior mean."""
+        return (1 - self.kept_before_S) * (1 - self.beta_S).sqrt() / (1 - self.kept_S)
+
+    @cached_property
+    def log_beta_S(self) -> Tensor:
+        """log beta, the greatest variance."""
+        return self.beta_S.log()
+
+    @cached_property
     def log_large_variance_S(self) -> Tensor:
         """log beta, for the first step the least: DDPM's "fixed large" variance."""
-        log = self.beta_S.log().clone()
+        log = self.log_beta_S.clone()
         log[0] = self.log_least_variance_S[0]
         return log
 
@@ -100,31 +136,28 @@ def spread(steps: int, sections: Sequence[int]) -> list[int]:
 
 def _at(table_S: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """Entries of a table in float32, to be broadcast over what of x lies behind the index's dimensions."""
-    return table_S.to(index.device)[index].float().reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
+    return resident(table_S, index.device)[index].float().reshape(*index.shape, *(1,) * (x.ndim - index.ndim))
 
 
 def diffuse(chain: Chain, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
     """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) e."""
-    return _at(chain.kept_S.sqrt(), index, clean) * clean + _at((1 - chain.kept_S).sqrt(), index, clean) * noise
+    return _at(chain.signal_S, index, clean) * clean + _at(chain.noise_S, index, clean) * noise
 
 
 def denoised(chain: Chain, x: Tensor, epsilon: Tensor, index: Tensor) -> Tensor:
     """x_0 = x_i / sqrt(abar_i) - sqrt(1 / abar_i - 1) e."""
-    return (_at((1 / chain.kept_S).sqrt(), index, x) * x
-            - _at((1 / chain.kept_S - 1).sqrt(), index, x) * epsilon)
+    return _at(chain.inverse_signal_S, index, x) * x - _at(chain.noise_over_signal_S, index, x) * epsilon
 
 
 def posterior_mean(chain: Chain, clean: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """Mean of q(x_(i-1) | x_i, x_0)."""
-    of_clean = chain.beta_S * chain.kept_before_S.sqrt() / (1 - chain.kept_S)
-    of_x = (1 - chain.kept_before_S) * (1 - chain.beta_S).sqrt() / (1 - chain.kept_S)
-    return _at(of_clean, index, x) * clean + _at(of_x, index, x) * x
+    return _at(chain.posterior_of_clean_S, index, x) * clean + _at(chain.posterior_of_noisy_S, index, x) * x
 
 
 def learned_log_variance(chain: Chain, share: Tensor, index: Tensor) -> Tensor:
     """f log beta + (1 - f) log posterior variance, f = (share + 1) / 2 (arXiv 2102.09672, eq. 15); share: -1 to 1."""
     f = (share + 1) / 2
-    return f * _at(chain.beta_S.log(), index, share) + (1 - f) * _at(chain.log_least_variance_S, index, share)
+    return f * _at(chain.log_beta_S, index, share) + (1 - f) * _at(chain.log_least_variance_S, index, share)
 
 
 def large_log_variance(chain: Chain, x: Tensor, index: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.devices import listed
 from nextscale.errors import InputError
 
 
@@ -149,7 +150,7 @@ def _heads(heads: list[int], device: torch.device) -> Tensor | slice:
     """What picks some heads: a slice, which copies nothing, where they are neighbours."""
     if heads == list(range(heads[0], heads[-1] + 1)):
         return slice(heads[0], heads[-1] + 1)
-    return torch.tensor(heads, device=device)
+    return listed(heads, device)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.devices import resident
 from nextscale.heads.categorical import Evaluate, Filter, Guidance
 from nextscale.heads.diffusion_mlp import DiffusionMLPHead
 from nextscale.heads.joint_diffusion import JointDiffusionHead
@@ -49,7 +50,7 @@ class DiffusionSampling:
         """Draw every predicted position of a call, (B, L, C)."""
         head, branches = self.head, len(run.branches)
         condition_RLD = head.condition(evaluate(call)[:, call.predicts].to(head.condition.weight.dtype))
-        time_SD = head.time(self.chain.times.to(run.device))
+        time_SD = head.time(resident(self.chain.times, run.device))
         step, cells = torch.full((1, 1), run.cursor, device=run.device), run.order[:, run.plan.span(*_this(run))]
 
         def draw(what: str, round: int) -> Tensor:
@@ -98,10 +99,10 @@ class JointDiffusionSampling:
         """A denoised map (B, L, C) in raster order, given hidden states of all cells in that order."""
         head, chain, branches = self.head, self.chain, len(run.branches)
         condition = head.condition(hidden_RLD.to(head.condition.weight.dtype))
-        time_SD = head.time(chain.times.to(run.device))
+        time_SD = head.time(resident(chain.times, run.device))
         grid = run.plan.steps[run.cursor].grid
         step = torch.full((1, 1), run.cursor, device=run.device)
-        cells = grid_cells(Step(grid)).to(run.device)[None]
+        cells = resident(grid_cells(Step(grid)), run.device)[None]
         known, masked = run.reads[run.cursor], self.masked_cells(run)
 
         def draw(what: str, round: int) -> Tensor:

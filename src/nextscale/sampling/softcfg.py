@@ -18,7 +18,7 @@ from nextscale.heads.bitwise import BitwiseHead
 from nextscale.heads.categorical import CategoricalHead
 from nextscale.heads.stable_sampling import StableSamplingHead
 from nextscale.layers.memory import Tags
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 from nextscale.run import At, Call, Rows, Run
 
 CONFIDENCE, PLACES = "softcfg.confidence", "softcfg.places"
@@ -71,8 +71,8 @@ class SoftCFG(Hook):
             raise InputError("softcfg: it changes the unconditional branch of a guided run; set guidance_scale to "
                              "something else than 1")
         # Rows are found by their tags, which stay with them where a hook drops or selects some.
-        places, order = _place(run.plan.step_of_row.to(run.device)[None], run.order).sort(1)
-        run.memory.constant(PLACES, lambda: places if len(places) == 1 else places.repeat(len(classless), 1))
+        place, order = _place(places(run.plan, run.device)[1], run.order).sort(1)
+        run.memory.constant(PLACES, lambda: place if len(place) == 1 else place.repeat(len(classless), 1))
         confidence = self._confidence(run).gather(1, order.expand(run.pictures, -1))
         run.memory.state[CONFIDENCE] = torch.cat([confidence if acts else torch.zeros_like(confidence)
                                                   for acts in classless])

@@ -352,6 +352,7 @@ class System(nn.Module):
         """
         check_output(output)
         rows = self.label_rows(labels, count)
+        names = [self.label_names(row) for row in rows]  # before the device has work that the host would wait for
         used, all_seeds = self.settings_for(purpose, settings), picture_seeds(len(rows), seed, seeds)
         plan, guidance = self.plan_for(used, schedule), guidance or self.guidance(used)
         sizes = self.batches(min(batch_size, len(rows)), plan, guidance, memory_limit, used)
@@ -372,8 +373,7 @@ class System(nn.Module):
                 del run  # and with it all that it remembers, before the decoder wants its room
                 images = join_images([convert(self.tokenizer.decode(canvas.map()[at], sizes.strips), output)
                                       for at in chunks(len(canvas.value), sizes.decoded)], output)
-                parts.append(Generation(images, tokens, log_prob, all_seeds[piece],
-                                        [self.label_names(row) for row in rows[piece]], used,
+                parts.append(Generation(images, tokens, log_prob, all_seeds[piece], names[piece], used,
                                         time.perf_counter() - start, stopped))
                 if on_batch is not None:
                     on_batch(parts[-1])
