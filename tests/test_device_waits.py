@@ -1,81 +1,124 @@
-"""The step loop never makes the host wait for the device: it neither asks for a value nor copies from the host.
-
-Shown without a GPU: systems run on tensors that have a shape and no values, where asking for one raises, and every
-operation is watched for tensors of the host.
-"""
+"""Drawing never makes the host wait for the device: a loop only queues work, whatever the system and the hook."""
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import test_car
+import test_flowar
+import test_himar
+import test_hmar
+import test_mar
+import test_nfig
+import test_scalar
+import test_srdd
+import test_xar
 import torch
-from test_flexvar import tiny as tiny_flexvar
-from test_hmar import tiny as tiny_hmar
-from test_m_var import tiny as tiny_m_var
-from test_srdd import tiny as tiny_srdd
+from pretence import DEVICE, watched
+from test_code_decoding import tiny_pair
+from test_cuda import HOOKS, SYSTEMS
+from test_infinity import tiny as tiny_infinity
+from test_star import tiny as tiny_star
 from tiny import tiny_var
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from nextscale.noise import Keyed
-from nextscale.systems.class_conditional import ClassConditionalSystem
+import nextscale
+from nextscale.context import Hook
+from nextscale.devices import listed, resident
+from nextscale.run import At, Run
 
-SYSTEMS: dict[str, Callable[[], ClassConditionalSystem]] = {
-    "var smooth": tiny_var, "flexvar": tiny_flexvar, "hmar": tiny_hmar,
-    "hmar in rounds": lambda: tiny_hmar(((1,), (2, 2), (5, 4), (8, 8))), "m_var": tiny_m_var,
-    "srdd": lambda: tiny_srdd(1)}
-
-
-class Copies(TorchDispatchMode):
-    """Names of operations that bring a tensor from the host to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type == "cpu"]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device.type == "meta"]
-        if made and any(t.ndim for t in given):
-            self.found.append(str(func))
-        return out
+PROMPTED = {"infinity": tiny_infinity, "star": tiny_star}
+ALL: dict[str, Callable[[], Any]] = {
+    **SYSTEMS, **PROMPTED, "hand-over": tiny_pair, "car": test_car.tiny, "flowar": test_flowar.tiny,
+    "himar": test_himar.tiny, "mar": test_mar.tiny, "nfig": test_nfig.tiny, "scalar": test_scalar.tiny,
+    "srdd": lambda: test_srdd.tiny(1), "hmar": test_hmar.tiny, "xar": test_xar.tiny}
 
 
-def without_values(system: nn.Module) -> Any:
-    """The same system with weights that have shapes alone."""
-    memo: dict[int, Any] = {}
-    for tensor in (*system.parameters(), *system.buffers()):
-        shape = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
-    return copy.deepcopy(system, memo)
+def waits(system: Any, hooks: Sequence[Hook] = (), labels: Sequence[Any] = (0, 1), runs: int = 2,
+          **settings: Any) -> Counter[str]:
+    """What the host waits for behind the first step of the last of some runs, by the line."""
+    system.to(DEVICE)
+    system.label_names = str  # the names of numbers that a device of pretence doesn't know
+    with watched() as copies:
+        for seed in range(runs):
+            first = Counter[str]()
+
+            def step(number: int, run: Run, first: Counter[str] = first) -> None:
+                first.update(copies if number == 0 else {})
+
+            system.generate(list(labels), seed=seed, output="torch", progress=False, hooks=list(hooks), callback=step,
+                            **settings)
+    return copies - first
 
 
-@pytest.fixture
-def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which knows no such device."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+@pytest.mark.parametrize("name", ALL)
+def test_a_loop_copies_nothing(name: str) -> None:
+    labels = ["a red apple", "sun"] if name in PROMPTED else [0, 1]
+    assert not waits(ALL[name](), labels=labels)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-@pytest.mark.usefixtures("no_autocast")
-def test_the_loop_neither_asks_the_device_nor_copies_to_it(name: str) -> None:
-    system = without_values(SYSTEMS[name]())
-    used = system.settings_for("pictures", {"top_k": 5, "top_p": 0.9, "smooth": "smooth" in name})
-    guidance = system.guidance(used)
-    labels = torch.zeros(2, 1, dtype=torch.int64, device="meta")
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_copies_nothing_from_its_second_run_on(name: str) -> None:
+    hook = nextscale.hook(name, **HOOKS[name](tiny_var()))
+    assert not waits(tiny_var(), [hook])
 
-    def draw() -> list[str]:
-        run = system.start(labels, guidance, Keyed.from_seeds([0, 1], "meta"), system.plan_for(used))
-        with torch.no_grad(), Copies() as copies:
-            list(system.sampled(run, guidance, used))
-            system.tokenizer.decode(run.canvas)
-        assert run.done
-        return copies.found
 
-    draw()  # what a plan needs is brought over once
-    assert draw() == []
+def test_smooth_codes_and_settings_a_step_copy_nothing() -> None:
+    assert not waits(tiny_var(), smooth=True)
+    steps = len(tiny_var().plan)
+    assert not waits(tiny_var(), top_k=tuple(range(2, steps + 2)), top_p=0.9, temperature=0.8)
+
+
+class Lists(Hook):
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        return logits.index_fill(-1, torch.tensor([1, 3], device=logits.device), -torch.inf)
+
+
+class Picks(Hook):
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        return logits[..., list(range(logits.shape[-1]))]
+
+
+class Looks(Hook):
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        return logits.cpu().to(logits.device)
+
+
+@pytest.mark.parametrize(("hook", "times"), [(Lists(), 1), (Picks(), 1), (Looks(), 2)])
+def test_the_watch_sees_copies(hook: Hook, times: int) -> None:
+    system = tiny_var()
+    assert sum(waits(system, [hook]).values()) == times * (len(system.plan) - 1)
+
+
+class Asks(Hook):
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        return logits * 2 if logits.amax() > 1 else logits
+
+
+class Mixes(Hook):
+    def logits(self, logits: Tensor, at: At) -> Tensor:
+        return logits + torch.ones(logits.shape[-1])
+
+
+def test_the_watch_refuses_questions_and_mixtures() -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        waits(tiny_var(), [Asks()])
+    with pytest.raises(AssertionError, match="mixes"):
+        waits(tiny_var(), [Mixes()])
+
+
+def test_a_table_is_copied_once_and_forgotten_with_what_it_is_made_from() -> None:
+    from nextscale import devices
+
+    table, before = torch.arange(4.0), len(devices._RESIDENT)
+    assert resident(table, torch.device("cpu")) is table
+    with torch.inference_mode():
+        there = resident(table, DEVICE)
+    assert there.is_meta and not there.is_inference() and resident(table, DEVICE) is there
+    assert len(devices._RESIDENT) == before + 1
+    del table
+    assert len(devices._RESIDENT) == before
+    assert listed([2, 0], DEVICE) is listed(range(2, -1, -2), DEVICE)
+    assert listed([2, 0], torch.device("cpu")).tolist() == [2, 0]

@@ -138,6 +138,16 @@ def test_a_gpu_s_kernel_compiles_with_the_window() -> None:
     torch.testing.assert_close(out, attention(q, k, v, dense_mask(found, query, key), 0.7))
 
 
+def test_heads_too_narrow_for_a_gpu_s_products_are_not_left_to_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which CUDA's refuses to compile below 16 channels."""
+    monkeypatch.setattr(layers_attention, "compiled_flex_attention", lambda: pytest.fail("the kernel was asked"))
+    plan, rules = Plan.scales(UNEVEN), [window_of(UNEVEN, (0.2,) * 5, 3)]
+    query, key = tags_of(plan, 1), tags_of(plan)
+    q, k, v = (torch.randn(2, 2, n, 8) for n in (len(query), len(key), len(key)))
+    torch.testing.assert_close(attention(q, k, v, block_mask(rules, query, key)),
+                               attention(q, k, v, dense_mask(rules, query, key)))
+
+
 def test_every_shape_is_compiled_and_none_is_left_to_the_slow_kernel() -> None:
     """Beyond the compiler's own limit of 8, which is as it was afterwards."""
     torch._dynamo.reset()

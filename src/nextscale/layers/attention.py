@@ -22,6 +22,9 @@ GRAPHS = 4096
 """Shapes that FlexAttention may be compiled for: every step of every plan, batch and mask is one, and beyond the
 compiler's own limit of 8 it would be left as it is, with all scores in memory."""
 
+NARROWEST = 16
+"""Channels of a head, from which on FlexAttention can multiply on a GPU."""
+
 SHORT = 256
 """Keys up to which training on a CPU multiplies out the scores: the fused kernel's backward pass is slower there
 (138 ms against 84 ms of one core for 32 sequences of 130, forward and backward in bf16)."""
@@ -56,7 +59,8 @@ def attention(q_RHLE: Tensor, k_RHNE: Tensor, v_RHNE: Tensor, mask: Any = None, 
     FlexAttention ``BlockMask``. scale defaults to E^-0.5. dropout: share of the probabilities that are set to zero,
     with torch's generator, the others growing in their place.
     """
-    if dropout and mask is not None and not isinstance(mask, Tensor):  # which FlexAttention can't do
+    if mask is not None and not isinstance(mask, Tensor) and (dropout or q_RHLE.shape[-1] < NARROWEST):
+        # Which FlexAttention can't do: it has no dropout, and on CUDA no products of narrower heads.
         mask = create_mask(mask.mask_mod, None, None, q_RHLE.shape[2], k_RHNE.shape[2], q_RHLE.device)
     if mask is None or isinstance(mask, Tensor):
         if q_RHLE.device.type == "cpu" and q_RHLE.requires_grad and k_RHNE.shape[2] <= SHORT \
