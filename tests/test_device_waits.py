@@ -71,6 +71,24 @@ def test_smooth_codes_and_settings_a_step_copy_nothing() -> None:
     assert not waits(tiny_var(), top_k=tuple(range(2, steps + 2)), top_p=0.9, temperature=0.8)
 
 
+@pytest.mark.parametrize("name", ["var", "flexvar", "hmar", "hmar in rounds", "m_var", "nfig", "srdd", "flowar",
+                                  "himar", "mar", "xar"])
+def test_a_loss_and_its_gradient_copy_nothing(name: str) -> None:
+    """From the second step on. FlexVAR's steps are others every time, and so is what they need."""
+    system = ALL[name]().train()
+    images = torch.rand(2, 3, *system.tokenizer.picture_size) * 2 - 1
+    with torch.no_grad():
+        tokens = system.encode(images)
+    tokens, rows = [part.to(DEVICE) for part in tokens], system.label_rows([0, 1]).to(DEVICE)
+    system.to(DEVICE)
+    with watched() as copies:
+        for _ in range(2):
+            before = Counter(copies)
+            torch.manual_seed(0)
+            system.loss(tokens, rows)[0].backward()
+    assert not copies - before
+
+
 class Lists(Hook):
     def logits(self, logits: Tensor, at: At) -> Tensor:
         return logits.index_fill(-1, torch.tensor([1, 3], device=logits.device), -torch.inf)

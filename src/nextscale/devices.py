@@ -32,15 +32,15 @@ def resident(table: Tensor, device: torch.device) -> Tensor:
     return found[1]
 
 
-def listed(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Whole numbers as a tensor on a device, (n,), copied there once."""
-    return resident(_table(tuple(numbers)), device)
+def listed(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers that come again as a tensor on a device, (n,), copied there once."""
+    return resident(_table(tuple(numbers), dtype), device)
 
 
 @lru_cache(maxsize=1024)
-def _table(numbers: tuple[int, ...]) -> Tensor:
+def _table(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(numbers)
+        return torch.tensor(numbers, dtype=dtype)
 
 
 def free_memory(device: torch.device) -> int | None:

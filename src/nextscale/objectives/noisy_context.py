@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextscale.devices import listed
 from nextscale.objectives.teacher_forcing import masked_context
 from nextscale.parallel import rand_pictures, randn_pictures
 from nextscale.plan import Plan, places
@@ -43,9 +44,9 @@ def noisy_context_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence[T
     if draws is None:
         draws = randn_pictures(b, len(plan), device=device).sigmoid(), randn_pictures(*target_BLC.shape, device=device)
     time_BK, noise_BLC = draws
-    weights_K = torch.tensor([float(step.rows) for step in plan], device=device)
+    weights_K = listed([step.rows for step in plan], device, torch.float32)
     if step_weights is not None:
-        weights_K = weights_K * weights_K.new_tensor(step_weights)
+        weights_K = weights_K * listed(step_weights, device, torch.float32)
     step_L = places(plan, device)[1][0]
     if clean:
         shares_K = (weights_K / weights_K.sum()).cumsum(0)
@@ -56,8 +57,9 @@ def noisy_context_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence[T
     error_BL = head.loss(generator(call, masked_context(plan, cond_BD)), noise_BLC - target_BLC)
     if clean:
         own_BL = step_L == drawn_B[:, None]
-        by_step_K = torch.stack([error_BL[:, s.lo:s.hi][own_BL[:, s.lo:s.hi]].mean()
+        error_BL = error_BL * own_BL
+        by_step_K = torch.stack([error_BL[:, s.lo:s.hi].sum() / own_BL[:, s.lo:s.hi].sum()
                                  for s in plan.spans(0, len(plan))])
-        return ((error_BL * own_BL).sum(1) / own_BL.sum(1)).mean(), by_step_K.detach()
+        return (error_BL.sum(1) / own_BL.sum(1)).mean(), by_step_K.detach()
     by_step_K = torch.stack([error_BL[:, s.lo:s.hi].mean() for s in plan.spans(0, len(plan))])
     return (by_step_K * weights_K).sum() / weights_K.sum(), by_step_K.detach()

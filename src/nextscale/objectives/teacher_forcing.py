@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.context import Context, Hook
+from nextscale.devices import listed
 from nextscale.plan import Plan, Span, places
 from nextscale.run import Call, Rows
 
@@ -86,7 +87,7 @@ def teacher_forcing_loss(generator: Any, head: Any, plan: Plan, tokens: Sequence
     spans = plan.spans(0, len(plan))
     by_step_K = torch.stack([entropy_BL[:, s.lo:s.hi].mean() for s in spans])
     right_K = torch.stack([right_BL[:, s.lo:s.hi].mean() for s in spans])
-    weights_K = torch.tensor([step.rows for step in plan], dtype=torch.float32, device=by_step_K.device)
+    weights_K = listed([step.rows for step in plan], by_step_K.device, torch.float32)
     if step_weights is not None:
-        weights_K = weights_K * torch.tensor(step_weights, device=weights_K.device)
+        weights_K = weights_K * listed(step_weights, weights_K.device, torch.float32)
     return (by_step_K * weights_K).sum() / weights_K.sum(), by_step_K.detach(), right_K

@@ -22,6 +22,7 @@ from nextscale.canvas import Canvas
 from nextscale.conditions.class_label import ClassTable
 from nextscale.context import Hook
 from nextscale.data.buckets import Bucket, aspect_buckets
+from nextscale.devices import listed
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.flexvar import FlexVARGenerator, FlexVARGeneratorConfig
 from nextscale.generators.var import initialise
@@ -209,7 +210,7 @@ class FlexVAR(ClassConditionalSystem):
         weights = None if step_weights is None else [step_weights[k] for k in chosen]
         loss, by_step, right = teacher_forcing_loss(self.generator, self.head, plan, kept, reads, cond, weights,
                                                     label_smoothing)
-        index = torch.tensor(chosen, device=by_step.device)
+        index = listed(chosen, by_step.device)
         found = torch.stack([by_step, right.to(by_step)])
         spread = by_step.new_full((2, len(tokens)), torch.nan).index_copy_(1, index, found)
         return loss, spread[0], spread[1]

@@ -202,9 +202,10 @@ def own_rows(batch: Batch, batch_size: int) -> Batch:
 
 
 def settle(records: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Metrics as plain numbers, each the mean over the processes; all of them hold the same names."""
+    """Metrics as plain numbers, each the mean over the processes, which hold the same names; without those that are
+    NaN: of what a step did not look at."""
     values = [float(value) for record in records for value in record.values()]
     if parallel.world() > 1:
         values = parallel.mean(torch.tensor(values, dtype=torch.float64)).tolist()
     numbers = iter(values)
-    return [{name: next(numbers) for name in record} for record in records]
+    return [{name: value for name in record if not math.isnan(value := next(numbers))} for record in records]

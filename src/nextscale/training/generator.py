@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.data.sheets import save_image, sheet
+from nextscale.devices import listed
 from nextscale.errors import InputError
 from nextscale.plan import Plan
 from nextscale.systems.system import System
@@ -109,10 +110,9 @@ class GeneratorTask:
         loss, by_step_K, right_K = self.system.loss(tokens, self.system.training_rows(batch), self.label_dropout,
                                                     self.part_dropout, weights, self.label_smoothing,
                                                     **self.system.training_options(batch))
-        trained = [k for k, value in enumerate(by_step_K.tolist()) if not math.isnan(value)]
-        metrics = dict(self._figures(by_step_K, right_K, trained, plan))
-        if len(trained) < len(plan):
-            metrics["scales"] = float(len(trained))
+        metrics = dict(self._figures(by_step_K, right_K, plan))
+        if scales < len(plan):
+            metrics["scales"] = float(scales)
         return loss, metrics
 
     def _weights(self, plan: Plan) -> list[float]:
@@ -122,16 +122,16 @@ class GeneratorTask:
             return [step.rows**power for step in plan]
         return list(self.step_weights or self.system.row_weights(plan))
 
-    def _figures(self, by_step_K: Tensor, right_K: Tensor | None, steps: Sequence[int], plan: Plan) -> Metrics:
+    def _figures(self, by_step_K: Tensor, right_K: Tensor | None, plan: Plan) -> Metrics:
         """Of every scale nats and accuracy where the system has a likelihood, else its loss; over all what there is to
-        say of a whole picture."""
+        say of a whole picture. NaN where a scale was not trained: to ask which would make the host wait."""
         if not self.system.likelihood:
-            return _by_scale("loss", by_step_K, steps)
+            return _by_scale("loss", by_step_K)
         by_step_K = by_step_K * self.system.nats_of_loss
-        metrics = _by_scale("nats", by_step_K, steps)
+        metrics = _by_scale("nats", by_step_K)
         if right_K is not None:
-            metrics |= {**_by_scale("accuracy", right_K, steps), "accuracy": _over_rows(right_K, plan)}
-        if len(steps) == len(plan):
+            metrics |= {**_by_scale("accuracy", right_K), "accuracy": _over_rows(right_K, plan)}
+        if len(by_step_K) == len(plan):
             metrics["bits_per_dimension"] = self._bits_per_dimension(by_step_K, plan)
         return metrics
 
@@ -155,9 +155,11 @@ class GeneratorTask:
                                                              self.system.products(pictures, plan)])
 
     def _bits_per_dimension(self, by_step_K: Tensor, plan: Plan) -> Tensor:
-        """Bits a colour value that coding the picture's tokens with this model would take."""
+        """Bits a colour value that coding the picture's tokens with this model would take; NaN where not all scales
+        were looked at."""
         colours = 3 * plan.grid[0] * plan.grid[1] * self.system.tokenizer.config.factor**2
-        return _over_rows(by_step_K, plan) * (plan.length / (math.log(2) * colours))
+        bits = _over_rows(by_step_K, plan) * (plan.length / (math.log(2) * colours))
+        return bits.masked_fill(by_step_K.isnan().any(), torch.nan)
 
     def after_step(self, at: TrainingStep) -> Metrics:
         if self._utilisation is not None and at.rested:
@@ -210,11 +212,10 @@ class GeneratorTask:
                 total_K += by_step_K.cpu() * share
                 if guessed_K is not None:
                     right_K += guessed_K.cpu() * share
-        known = [k for k, value in enumerate(total_K.tolist()) if not math.isnan(value)]
-        found = dict(self._figures(total_K, None if guessed_K is None else right_K, known, self.system.plan))
+        found = dict(self._figures(total_K, None if guessed_K is None else right_K, self.system.plan))
         found["nats_per_token" if self.system.likelihood else "loss"] = (
             _over_rows(total_K, self.system.plan) * (self.system.nats_of_loss if self.system.likelihood else 1))
-        return {f"held_out/{name}": float(value) for name, value in found.items()}
+        return {f"held_out/{name}": float(value) for name, value in found.items() if not math.isnan(value)}
 
     def extra_state(self) -> dict[str, Tensor | float | str]:
         return {}
@@ -225,9 +226,9 @@ class GeneratorTask:
 
 def _over_rows(value_K: Tensor, plan: Plan) -> Tensor:
     """The mean over a plan's rows from means over each step's rows; steps that are NaN don't count."""
-    rows_K = torch.tensor([step.rows for step in plan], device=value_K.device)[:len(value_K)] * ~value_K.isnan()
+    rows_K = listed([step.rows for step in plan], value_K.device)[:len(value_K)] * ~value_K.isnan()
     return (value_K.nan_to_num() * rows_K).sum() / rows_K.sum()
 
 
-def _by_scale(name: str, value_K: Tensor, scales: Sequence[int]) -> dict[str, Tensor | float]:
-    return {f"{name}_{k}": value_K[k] for k in scales}
+def _by_scale(name: str, value_K: Tensor) -> dict[str, Tensor | float]:
+    return {f"{name}_{k}": value for k, value in enumerate(value_K)}
