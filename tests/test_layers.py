@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextscale.layers.adaln import gated_sum
-from nextscale.layers.attention import attention, unit_heads
+from nextscale.layers.attention import attention, unit_gains, unit_heads
 from nextscale.layers.mlp import drop_path
 from nextscale.layers.norms import GroupNorm, layer_norm
 from nextscale.layers.resize import resize
@@ -163,6 +163,6 @@ def test_heads_of_unit_length_are_normalised_queries_and_keys() -> None:
     qkv, gain = torch.randn(2, 5, 3 * 12), torch.rand(1, 3, 1, 1) * 4
     qkv[0, 0] = 0  # nothing to divide by
     q, k, v = qkv.view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
-    found = unit_heads(qkv, gain)
+    found = unit_heads(qkv, unit_gains(gain))
     for ours, wanted in zip(found, (F.normalize(q, dim=-1) * gain, F.normalize(k, dim=-1), v), strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)

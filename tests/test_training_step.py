@@ -113,16 +113,16 @@ def test_cross_entropy_in_chunks_is_that_of_all_logits(smoothing: float, monkeyp
         assert float((ours - theirs).norm() / theirs.norm()) < 0.01
 
 
-def test_modulated_norm_takes_each_picture_s_own_scale_and_shift() -> None:
+def test_modulated_norm_takes_each_picture_s_own_gain_and_shift() -> None:
     torch.manual_seed(0)
     found = []
     for quick in (True, False):
         torch.manual_seed(1)
-        x, scale, shift = (torch.randn(*s, requires_grad=True) for s in ((3, 5, 16), (3, 1, 16), (3, 1, 16)))
-        y = ModulatedNorm.apply(x, scale, shift, 1e-6) if quick else \
-            F.layer_norm(x, (16,), eps=1e-6) * (1 + scale) + shift
+        x, gain, shift = (torch.randn(*s, requires_grad=True) for s in ((3, 5, 16), (3, 1, 16), (3, 1, 16)))
+        y = ModulatedNorm.apply(x, gain, shift, 1e-6) if quick else \
+            F.layer_norm(x, (16,), eps=1e-6) * gain + shift
         (y.float() * torch.arange(16.0)).sum().backward()
-        found.append((y.detach().float(), x.grad, scale.grad, shift.grad))
+        found.append((y.detach().float(), x.grad, gain.grad, shift.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=8e-3, atol=8e-3)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nextscale.context import Context
 from nextscale.errors import InputError
-from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig
+from nextscale.generators.var import Block, VARGenerator, VARGeneratorConfig, head_modulated
 from nextscale.layers.adaln import Modulation, modulated_norm
 from nextscale.plan import Plan
 from nextscale.run import Call, Run
@@ -85,6 +85,6 @@ class HMARGenerator(VARGenerator):
         shared = self._shared(rows, ctx)
         x = self._through(self.blocks[:len(self.blocks) - len(self.mask_blocks)], x, rows, ctx, self.name, shared)
         x = self._through(self.mask_blocks, x, rows, ctx, f"{self.name}.mask", shared)
-        scale, shift = ctx.once(f"{self.name}.mask_head_modulation",
-                                lambda: tuple(self.mask_head_modulation(rows.cond).unbind(2)))
-        return modulated_norm(x, scale, shift)
+        gain, shift = ctx.once(f"{self.name}.mask_head_modulation",
+                               lambda: head_modulated(self.mask_head_modulation, rows.cond))
+        return modulated_norm(x, gain, shift)

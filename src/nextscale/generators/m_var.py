@@ -29,20 +29,20 @@ class MVARBlock(Block):
         self.mamba = Mamba2(config.width)
 
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str, shared: Tensor | None) -> Tensor:
-        gate1, gate2, gate3, scale1, scale2, scale3, shift1, shift2, shift3 = ctx.once(
+        gate1, gate2, gate3, gain1, gain2, gain3, shift1, shift2, shift3 = ctx.once(
             f"{address}.modulation", lambda: self.modulate(rows.cond, shared))
 
         def attention(x: Tensor, rows: Rows) -> Tensor:
             own = rows.part(0, len(rows), keep=0)  # none of its keys stays, though the scan goes on behind the rows
-            return drop_path(self.attention(modulated_norm(x, scale1, shift1), own, ctx, address), self.drop,
+            return drop_path(self.attention(modulated_norm(x, gain1, shift1), own, ctx, address), self.drop,
                              self.training)
 
         def scan(x: Tensor, rows: Rows) -> Tensor:
-            y = ctx.recur(f"{address}.scan", modulated_norm(x, scale2, shift2), rows, self.mamba)
+            y = ctx.recur(f"{address}.scan", modulated_norm(x, gain2, shift2), rows, self.mamba)
             return drop_path(y, self.drop, self.training)
 
         def mlp(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(self.mlp(modulated_norm(x, scale3, shift3)), self.drop, self.training)
+            return drop_path(self.mlp(modulated_norm(x, gain3, shift3)), self.drop, self.training)
 
         x = ctx.residual(address, "attention", x, attention, rows, gate1)
         x = ctx.residual(address, "scan", x, scan, rows, gate2)

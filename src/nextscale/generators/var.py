@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nextscale.context import Context
 from nextscale.errors import InputError
-from nextscale.layers.adaln import Modulation, modulated_norm
-from nextscale.layers.attention import unit_heads
+from nextscale.layers.adaln import Modulation, gain_of, modulated_norm
+from nextscale.layers.attention import unit_gains, unit_heads
 from nextscale.layers.linear import Linear
 from nextscale.layers.mlp import MLP, drop_path
 from nextscale.plan import Plan, places
@@ -64,19 +64,26 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str) -> Tensor:
         batch, x = len(x), ctx.leading(f"{address}.kv", x, rows)
         r, length, c = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x, bias)
-        scale = self.plain_scale if self.scale_1H11 is None else 1.0
-        if self.scale_1H11 is None:
-            q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        bias, *gain = ctx.once(f"{address}.bias", self.constants)
+        qkv = self.qkv(x, bias[0])
+        scale = 1.0 if gain else self.plain_scale
+        if gain:
+            q, k, v = unit_heads(qkv, *gain)
         else:
-            q, k, v = unit_heads(qkv, self.scale_1H11.clamp_max(math.log(100.0)).exp())
+            q, k, v = qkv.view(r, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.turned(q, k, rows, ctx)
         ctx.offer("bare query", lambda: (qkv[..., :c] - self.q_bias.to(qkv.dtype)).unflatten(
             -1, (self.heads, -1)).transpose(1, 2), rows)
         out = ctx.attend(f"{address}.kv", q, k, v.to(q.dtype), rows, scale=scale)
         y = self.projection(out.transpose(1, 2).reshape(r, length, c))
         return y if r == batch else y.repeat(batch // r, 1, 1)
+
+    def constants(self) -> tuple[Tensor, ...]:
+        """What of the weights alone a pass needs: the bias, (1, 3C), and the gains of unit queries and keys."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])[None]
+        if self.scale_1H11 is None:
+            return (bias,)
+        return bias, unit_gains(self.scale_1H11.clamp_max(math.log(100.0)).exp())
 
     def turned(self, q: Tensor, k: Tensor, rows: Rows, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys (R, H, L, E) as the rows' places change them; as they are where rows know their places."""
@@ -106,20 +113,21 @@ class Block(nn.Module):
             self.modulation = Modulation(config.width, config.width, self.modulations)
 
     def modulate(self, cond_RD: Tensor, shared_R16C: Tensor | None) -> tuple[Tensor, ...]:
-        """Gates, scales and shifts of the branches, each (R, 1, C)."""
+        """Gates, gains (1 + scale) and shifts of the branches, each (R, 1, C)."""
         parts = self.modulation(cond_RD) if shared_R16C is None else shared_R16C + self.modulation_offset
-        return tuple(parts.unbind(2))
+        gates, scales, shifts = parts.chunk(3, 2)
+        return (*gates.unbind(2), *gain_of(scales).unbind(2), *shifts.unbind(2))
 
     def forward(self, x: Tensor, rows: Rows, ctx: Context, address: str, shared: Tensor | None) -> Tensor:
-        gate1, gate2, scale1, scale2, shift1, shift2 = ctx.once(
+        gate1, gate2, gain1, gain2, shift1, shift2 = ctx.once(
             f"{address}.modulation", lambda: self.modulate(rows.cond, shared))
 
         def attention(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(self.attention(modulated_norm(x, scale1, shift1), rows, ctx, address), self.drop,
+            return drop_path(self.attention(modulated_norm(x, gain1, shift1), rows, ctx, address), self.drop,
                              self.training)
 
         def mlp(x: Tensor, rows: Rows) -> Tensor:
-            return drop_path(self.mlp(modulated_norm(x, scale2, shift2)), self.drop, self.training)
+            return drop_path(self.mlp(modulated_norm(x, gain2, shift2)), self.drop, self.training)
 
         x = ctx.residual(address, "attention", x, attention, rows, gate1)
         return ctx.residual(address, "mlp", self.between(x, rows, ctx, address), mlp, rows, gate2)
@@ -231,9 +239,9 @@ class VARGenerator(nn.Module):
         x = self._through(self.blocks, call.x, rows, ctx, self.name, self._shared(rows, ctx))
         if not self.block.modulations:
             return x
-        scale, shift = ctx.once(f"{self.name}.head_modulation",
-                                lambda: tuple(self.head_modulation(self.vector(rows.cond)).unbind(2)))
-        return modulated_norm(x, scale, shift)
+        gain, shift = ctx.once(f"{self.name}.head_modulation",
+                               lambda: head_modulated(self.head_modulation, self.vector(rows.cond)))
+        return modulated_norm(x, gain, shift)
 
     def memory_bytes(self, plan: Plan, branches: int) -> int:
         """What a run's memory is given for one picture: keys and values of every row of the plan."""
@@ -270,6 +278,12 @@ class VARGenerator(nn.Module):
         for i, block in enumerate(blocks):
             x = ctx.through(f"{name}.{i}", block, x, rows, shared, self.checkpointing)
         return x
+
+
+def head_modulated(modulation: nn.Module, cond_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and shift, (R, 1, C), of the last norm."""
+    scale, shift = modulation(cond_RD).unbind(2)
+    return gain_of(scale), shift
 
 
 @torch.no_grad()

@@ -9,11 +9,17 @@ from nextscale.layers.bf16_training import ModulatedNorm, trains_in_bf16_on_cpu
 from nextscale.layers.norms import layer_norm
 
 
-def modulated_norm(x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift."""
-    if trains_in_bf16_on_cpu(x_RLC) and scale_R1C.shape[0] == len(x_RLC) and scale_R1C.shape[1] == 1:
-        return ModulatedNorm.apply(x_RLC, scale_R1C, shift_R1C, 1e-6)
-    return torch.addcmul(shift_R1C, layer_norm(x_RLC), 1 + scale_R1C)
+def gain_of(scale: Tensor) -> Tensor:
+    """1 + scale, which a run computes once; where gradients are asked for in float32, lest a small scale is rounded
+    away beside the 1."""
+    return 1 + (scale.float() if scale.dtype == torch.bfloat16 and torch.is_grad_enabled() else scale)
+
+
+def modulated_norm(x_RLC: Tensor, gain_R1C: Tensor, shift_R1C: Tensor) -> Tensor:
+    """layer_norm(x) * gain + shift, gain = 1 + scale."""
+    if trains_in_bf16_on_cpu(x_RLC) and gain_R1C.shape[0] == len(x_RLC) and gain_R1C.shape[1] == 1:
+        return ModulatedNorm.apply(x_RLC, gain_R1C, shift_R1C, 1e-6)
+    return torch.addcmul(shift_R1C, layer_norm(x_RLC), gain_R1C.to(shift_R1C.dtype))
 
 
 def gated_sum(x_RLC: Tensor, y_RLC: Tensor, gate_R1C: Tensor | None) -> Tensor:

@@ -104,16 +104,20 @@ class _Explicit(torch.autograd.Function):
         return dq.view(of_q), dk.view(of_k), dv.view(of_v), None, None
 
 
-def unit_heads(qkv_RLC: Tensor, gain_1H11: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (R, L, 3C) to heads q, k, v (R, H, L, E); q and k of length 1, q times the gain of its head, (1, H, 1, 1)."""
+def unit_gains(gain_1H11: Tensor) -> Tensor:
+    """Gains of queries and keys for ``unit_heads``, (1, 2, H, 1): those of the heads, and 1."""
+    return torch.stack([gain_1H11, torch.ones_like(gain_1H11)], 1)[..., 0]
+
+
+def unit_heads(qkv_RLC: Tensor, gain_12H1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (R, L, 3C) to heads q, k, v (R, H, L, E); q and k of length 1 times the gains of ``unit_gains``."""
     if qkv_RLC.dtype == torch.bfloat16 and trains_in_bf16_on_cpu(qkv_RLC):
-        return UnitHeads.apply(qkv_RLC, gain_1H11, 1e-12)
+        return UnitHeads.apply(qkv_RLC, gain_12H1[:, 0, :, None], 1e-12)
     # Queries and keys together, before they are split: half the passes over memory of normalising each.
-    parts_RL3HE = qkv_RLC.unflatten(-1, (3, gain_1H11.shape[1], -1))
+    parts_RL3HE = qkv_RLC.unflatten(-1, (3, gain_12H1.shape[2], -1))
     units_RL2HE = parts_RL3HE[:, :, :2]
     length = torch.linalg.vector_norm(units_RL2HE, dim=-1, keepdim=True).clamp_min(1e-12)
-    gain_H1 = gain_1H11.to(length.dtype)[0, :, 0]
-    q, k = (units_RL2HE * (torch.stack([gain_H1, torch.ones_like(gain_H1)]) / length)).permute(2, 0, 3, 1, 4)
+    q, k = (units_RL2HE * (gain_12H1.to(length.dtype) / length)).permute(2, 0, 3, 1, 4)
     return q, k, parts_RL3HE[:, :, 2].transpose(1, 2)
 
 

@@ -119,10 +119,9 @@ class ModulatedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_RLC: Tensor, scale_R1C: Tensor, shift_R1C: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x_RLC: Tensor, gain_R1C: Tensor, shift_R1C: Tensor, eps: float) -> Tensor:
         x, c = x_RLC.float(), x_RLC.shape[-1]
-        gain = scale_R1C.float().add_(1) if scale_R1C.dtype == BF16 else scale_R1C + 1
-        shift = shift_R1C.float()
+        gain, shift = gain_R1C.float(), shift_R1C.float()
         y_RLC = torch.empty(x.shape, dtype=BF16)
         statistics = []
         for i in range(len(x)):
@@ -130,7 +129,7 @@ class ModulatedNorm(torch.autograd.Function):
             y_RLC[i] = y
             statistics += [mean, rstd]
         ctx.save_for_backward(x, gain, shift, *statistics)
-        ctx.dtypes = x_RLC.dtype, scale_R1C.dtype, shift_R1C.dtype
+        ctx.dtypes = x_RLC.dtype, gain_R1C.dtype, shift_R1C.dtype
         return y_RLC
 
     @staticmethod
@@ -143,8 +142,8 @@ class ModulatedNorm(torch.autograd.Function):
             dx[i], dgain[i, 0], dshift[i, 0] = torch.ops.aten.native_layer_norm_backward(
                 grads[0][i].float(), x[i], (c,), statistics[2 * i], statistics[2 * i + 1], gain[i, 0], shift[i, 0],
                 [True, True, True])
-        of_x, of_scale, of_shift = ctx.dtypes
-        return dx.to(of_x), dgain.to(of_scale), dshift.to(of_shift), None
+        of_x, of_gain, of_shift = ctx.dtypes
+        return dx.to(of_x), dgain.to(of_gain), dshift.to(of_shift), None
 
 
 class UnitHeads(torch.autograd.Function):
