@@ -325,7 +325,8 @@ class Context:
         if not rows.masked and not rows.narrowed and keys.valid is None:
             return None
         # Addresses that hold the same rows share one mask. The tensors are kept with it, so that their ids stay theirs.
-        key = (id(rows.step), id(keys.step), id(keys.valid), rows.narrowed)
+        valid = None if keys.valid is None else id(keys.valid)  # compilers before torch 2.13 don't know id(None)
+        key = (id(rows.step), id(keys.step), valid, rows.narrowed)
         if key not in self.scratch:
             rules = (_Steps(rows.visible), *rows.narrowed) if rows.masked else rows.narrowed
             self.scratch[key] = (visibility_mask(rules, rows.tags, keys), rows.step, keys)
