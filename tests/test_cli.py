@@ -188,6 +188,18 @@ def test_limits_that_cannot_be_are_one_line(
     assert told in error and len(error.strip().splitlines()) == 1 and files_in(work) == []
 
 
+def test_networks_are_compiled_before_the_first_batch(model: Path, work: Path, capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(var.VAR, "compile_networks", lambda self, backend: compiled.append(backend))
+    command = f"generate --model {model} --label 0 --count 3 --batch-size 2"
+    assert run(shlex.split(f"{command} --out a.png")) == 0 and not compiled
+    assert run(shlex.split(f"{command} --compile --out b.png")) == 0 and compiled == ["inductor"]
+    assert np.array_equal(pixels(work / "a.png"), pixels(work / "b.png"))
+    capsys.readouterr()
+    assert "use --device cuda" in refused(capsys, f"{command} --graphs --device cpu --out c.png")
+
+
 def test_threads_are_pinned(model: Path, work: Path) -> None:
     import torch
 

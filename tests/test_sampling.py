@@ -10,14 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, emoji, tiny_var
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import nextscale
+from nextscale.acceleration.fastvar import FastVAR
 from nextscale.cli.options import make_hooks
 from nextscale.context import Hook
 from nextscale.errors import InputError
 from nextscale.plan import Plan
 from nextscale.run import At, Call, Run, Sample
 from nextscale.sampling.filters import PerStep, Temperature, TopK, TopP, make_filters
+from nextscale.sampling.graphs import CapturedSteps
 from nextscale.sampling.guidance import ClassifierFree, Nested, Unguided, make_guidance
 from nextscale.systems.var import VAR, preset_config
 
@@ -455,6 +458,26 @@ def test_a_model_in_training_draws_in_evaluation_mode_and_goes_on_training() -> 
 
 
 # Hooks by name, and what they may refuse and leave out
+
+def test_a_warm_up_compiles_what_later_batches_need() -> None:
+    torch._dynamo.reset()
+    system, counter = tiny_var(), CompileCounter()
+    wanted = system.generate([3, 1], seed=5, output="torch")
+    assert system.warm_up([0, 1], backend=counter, top_k=7) == []
+    compiled = counter.frame_count
+    assert 3 <= compiled <= len(system.plan) + 1, "the network at the first step, with memory, in general; the decoder"
+    found = system.generate([3, 1], seed=5, output="torch")
+    assert counter.frame_count == compiled and all(map(torch.equal, found.tokens, wanted.tokens))
+    torch.testing.assert_close(found.images, wanted.images)
+
+
+def test_a_warm_up_hands_out_the_capture_with_the_hooks(system: VAR) -> None:
+    quiet = Hook()
+    first, second = system.warm_up([0], compile=False, capture=True, hooks=[quiet])
+    assert first is quiet and isinstance(second, CapturedSteps)
+    with pytest.raises(InputError, match="acts inside the network"):
+        system.warm_up([0], compile=False, capture=True, hooks=[FastVAR(ratio=0.5)])
+
 
 def test_unknown_hooks_and_settings_are_refused_in_one_line() -> None:
     with pytest.raises(InputError, match="unknown hook 'fastvra'"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -32,15 +32,27 @@ def resident(table: Tensor, device: torch.device) -> Tensor:
     return found[1]
 
 
+def made_once(device: torch.device, make: Callable[..., Tensor], *given: Hashable) -> Tensor:
+    """``make(*given)`` on a device, where that hangs on what is given alone: made, and copied there, once. A compiler
+    makes it a constant of its graph."""
+    if torch.compiler.is_compiling():
+        return make(*given).to(device)
+    return resident(_made(make, given), device)
+
+
 def listed(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers that come again as a tensor on a device, (n,), copied there once."""
-    return resident(_table(tuple(numbers), dtype), device)
+    return made_once(device, _listed, tuple(numbers), dtype)
+
+
+def _listed(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype)
 
 
 @lru_cache(maxsize=1024)
-def _table(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+def _made(make: Callable[..., Tensor], given: tuple[Hashable, ...]) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=dtype)
+        return make(*given)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -189,12 +189,10 @@ class Plan:
         return total
 
 
-@lru_cache(maxsize=256)
 def grid_cells(step: Step) -> Tensor:
-    """All cells of a step as (map, row, column), (maps * h * w, 3) int64; the same tensor every time."""
+    """All cells of a step as (map, row, column), (maps * h * w, 3) int64."""
     h, w = step.grid
-    with torch.inference_mode(False):
-        return torch.cartesian_prod(torch.arange(step.maps), torch.arange(h), torch.arange(w)).reshape(-1, 3)
+    return torch.cartesian_prod(torch.arange(step.maps), torch.arange(h), torch.arange(w)).reshape(-1, 3)
 
 
 @lru_cache(maxsize=64)

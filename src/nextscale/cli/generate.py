@@ -91,6 +91,12 @@ def generate(
     threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
     memory_limit: options.MemoryLimit = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile network and decoder first: for many batches of one size.")
+    ] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Capture the steps as CUDA graphs first: for many batches of one size.")
+    ] = False,
     schedule: options.Grids = None,
     control: options.Controls = None,
     control_kind: options.ControlKinds = None,
@@ -138,20 +144,27 @@ def generate(
         grids = system.schedule_for(options.read_pixels(size, "--size"))
     steers = prompted.check(system, model, label, bool(prompt or prompts or negative or ratio))
 
+    same: dict[str, Any] = {
+        "purpose": purpose.value,
+        "batch_size": batch_size,
+        "memory_limit": limit,
+        **steered,
+        **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
+        **options.own_settings(set_, system, purpose.value),
+    }
+    if graphs and system.device.type != "cuda":
+        raise InputError("--graphs: steps are captured as CUDA graphs; leave it out, or use --device cuda")
+    cold = compile_ or graphs
+
     def draw(group: prompted.Asked, **more: Any) -> Generation:
+        nonlocal hooks, cold
+        scales = group.schedule or grids
+        if cold:
+            hooks = system.warm_up(group.labels[:batch_size], compile=compile_, capture=graphs, hooks=hooks,
+                                   seeds=group.seeds[:batch_size], schedule=scales, **same)
+            cold = False
         found: Generation = system.generate(
-            group.labels,
-            seeds=group.seeds,
-            purpose=purpose.value,
-            batch_size=batch_size,
-            memory_limit=limit,
-            output="numpy",
-            schedule=group.schedule or grids,
-            hooks=hooks,
-            **more,
-            **steered,
-            **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
-            **options.own_settings(set_, system, purpose.value),
+            group.labels, seeds=group.seeds, output="numpy", schedule=scales, hooks=hooks, **more, **same
         )
         return found
 

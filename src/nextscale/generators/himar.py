@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale.context import Context
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError
 from nextscale.generators.mar import Block, MARGenerator, MARGeneratorConfig, MaskedCall, take
 from nextscale.layers.adaln import Modulation
@@ -157,7 +157,7 @@ class HiMARGenerator(MARGenerator):
         cells predict, also the known ones, for the joint head looks at the whole map."""
         tokens = self.word(known_BnC.to(self.word.weight.dtype)).expand(len(pivots_BSC), -1, -1)
         small = torch.arange(self.coarse, device=cell_BL3.device).expand(len(cell_BL3), -1)
-        coarse = resident(grid_cells(Step(self.small)), cell_BL3.device).expand(len(cell_BL3), -1, -1)
+        coarse = made_once(cell_BL3.device, grid_cells, Step(self.small)).expand(len(cell_BL3), -1, -1)
         cells = torch.cat([coarse, cell_BL3 + cell_BL3.new_tensor([1, 0, 0])], 1)
         places = torch.cat([small, self.coarse + self.raster(cell_BL3)], 1)
         return self._masked_call(torch.cat([pivots_BSC, tokens], 1), cells, places, cond_RD, step,
@@ -186,4 +186,4 @@ class HiMARGenerator(MARGenerator):
 
 def _tagged(grid: tuple[int, int], like: Tensor) -> Tensor:
     """All cells of the fine map, (1, L, 3), tagged as the second map."""
-    return resident(grid_cells(Step(grid, maps=2)), like.device)[None, grid[0] * grid[1]:]
+    return made_once(like.device, grid_cells, Step(grid, maps=2))[None, grid[0] * grid[1]:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.conditions.text import PooledText, TextRows, key_value_heads
 from nextscale.context import Context
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError
 from nextscale.generators.var import Block, Product, SelfAttention, VARGenerator, VARGeneratorConfig
 from nextscale.layers.attention import attention
@@ -100,14 +99,12 @@ def largest_grid(plan: Plan, side: int) -> tuple[float, float]:
     return height * stretch, width * stretch
 
 
-@lru_cache(maxsize=64)
 def _stretch(plan: Plan, side: int) -> Tensor:
     """Cells of the largest grid by one of each of a plan's, (K, 2). The published factor is a float that multiplies in
     single precision."""
     largest = largest_grid(plan, side)
-    with torch.inference_mode(False):
-        return torch.tensor([[big / own for big, own in zip(largest, grid, strict=True)] for grid in plan.grids],
-                            dtype=torch.float32)
+    return torch.tensor([[big / own for big, own in zip(largest, grid, strict=True)] for grid in plan.grids],
+                        dtype=torch.float32)
 
 
 class RotarySelfAttention(SelfAttention):
@@ -140,7 +137,7 @@ class RotarySelfAttention(SelfAttention):
 
     def places(self, plan: Plan, rows: Rows) -> Tensor:
         """Where rows lie, (1|R, L, 2): round(cell * H / h) on the grid H of ``largest_grid``, of height and width."""
-        factor_K2 = resident(_stretch(plan, self.config.frame), rows.cell.device)
+        factor_K2 = made_once(rows.cell.device, _stretch, plan, self.config.frame)
         return (rows.cell[..., 1:].float() * factor_K2[rows.step.long()]).round()
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from nextscale.conditions.text import TextRows
 from nextscale.context import Context
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError
 from nextscale.generators.infinity import InfinityGenerator, RotarySelfAttention, TextAttention
 from nextscale.generators.var import Block, Product, VARGenerator, VARGeneratorConfig
@@ -79,15 +78,13 @@ class CornerSelfAttention(RotarySelfAttention):
     def places(self, plan: Plan, rows: Rows) -> Tensor:
         """(1|R, L, 2): R j / (w - 1), R i / (h - 1) of row i and column j, 0 on a side of one cell. The column comes
         first: the first half of a head's channels turns by it."""
-        last_K2 = resident(_last(plan), rows.cell.device)[rows.step.long()]
+        last_K2 = made_once(rows.cell.device, _last, plan)[rows.step.long()]
         return rows.cell[..., 1:].flip(-1).float() / last_K2 * self.config.rope_side
 
 
-@lru_cache(maxsize=64)
 def _last(plan: Plan) -> Tensor:
     """The last column and row of each of a plan's grids, (K, 2), at least 1."""
-    with torch.inference_mode(False):
-        return torch.tensor([[width - 1, height - 1] for height, width in plan.grids], dtype=torch.float32).clamp_min(1)
+    return torch.tensor([[width - 1, height - 1] for height, width in plan.grids], dtype=torch.float32).clamp_min(1)
 
 
 class STARBlock(Block):

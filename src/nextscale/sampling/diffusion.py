@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextscale.devices import resident
+from nextscale.devices import made_once, resident
 from nextscale.heads.categorical import Evaluate, Filter, Guidance
 from nextscale.heads.diffusion_mlp import DiffusionMLPHead
 from nextscale.heads.joint_diffusion import JointDiffusionHead
@@ -102,7 +102,7 @@ class JointDiffusionSampling:
         time_SD = head.time(resident(chain.times, run.device))
         grid = run.plan.steps[run.cursor].grid
         step = torch.full((1, 1), run.cursor, device=run.device)
-        cells = resident(grid_cells(Step(grid)), run.device)[None]
+        cells = made_once(run.device, grid_cells, Step(grid))[None]
         known, masked = run.reads[run.cursor], self.masked_cells(run)
 
         def draw(what: str, round: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError
 from nextscale.noise import Noise
 from nextscale.plan import Step, grid_cells
@@ -42,7 +42,7 @@ def unmasked_counts(cells: int, iterations: int, unmasking: Unmasking = "cosine"
 
 def random_order(noise: Noise, step: Step, round: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """A step's cells in an even random order, (B, L, 3), the same for a picture in any batch."""
-    cells_L3 = resident(grid_cells(step), torch.device(device))
+    cells_L3 = made_once(torch.device(device), grid_cells, step)
     keys_BL = noise.uniform("order", torch.zeros(1, 1, dtype=torch.int64, device=device), round, cells_L3[None])[..., 0]
     return cells_L3[keys_BL.argsort(dim=-1, stable=True)]
 
@@ -51,5 +51,5 @@ def drawing_order(order: Order, noise: Noise, step: Step, round: int = 0,
                   device: torch.device | str = "cpu") -> Tensor:
     """A step's cells in a random order, (B, L, 3), or in raster order, (1, L, 3)."""
     if order == "raster":
-        return resident(grid_cells(step), torch.device(device))[None]
+        return made_once(torch.device(device), grid_cells, step)[None]
     return random_order(noise, step, round, device)

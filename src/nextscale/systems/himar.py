@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextscale.conditions.class_label import ClassTable
 from nextscale.context import Context, Hook
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.himar import HiMARGenerator, HiMARGeneratorConfig
 from nextscale.generators.mar import take
@@ -309,7 +309,7 @@ class HiMAR(MAR):
     def coarse_hidden(self, target_BSC: Tensor, order_BS: Tensor, masked: int, cond_BD: Tensor) -> Tensor:
         """Phase 0's hidden states (B, S, D) in raster order, the last ``masked`` cells of the orders masked."""
         known = order_BS[:, :order_BS.shape[1] - masked]
-        cells = resident(grid_cells(Step(self.generator.small)), order_BS.device)[order_BS]
+        cells = made_once(order_BS.device, grid_cells, Step(self.generator.small))[order_BS]
         call = self.generator.coarse_call(take(target_BSC, known, target_BSC), cells, cond_BD, 0,
                                           slice(known.shape[1], order_BS.shape[1]))
         hidden = self.generator(call, Context())[:, :order_BS.shape[1]]
@@ -327,7 +327,7 @@ class HiMAR(MAR):
                     pivots_BSC: Tensor) -> Tensor:
         """Phase 1's hidden states (B, L, D) in raster order, the last ``masked`` cells of the orders masked."""
         known = order_BL[:, :order_BL.shape[1] - masked]
-        cells = resident(grid_cells(Step(self.generator.grid)), order_BL.device)[order_BL]
+        cells = made_once(order_BL.device, grid_cells, Step(self.generator.grid))[order_BL]
         call = self.generator.fine_call(pivots_BSC, take(target_BLC, known, target_BLC), cells, cond_BD, 1)
         hidden = self.generator(call, Context())[:, self.generator.coarse:]
         return torch.zeros_like(hidden).scatter(1, order_BL[..., None].expand_as(hidden), hidden)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nextscale.conditions.class_label import ClassTable
 from nextscale.context import Context, Hook
-from nextscale.devices import resident
+from nextscale.devices import made_once
 from nextscale.errors import InputError, did_you_mean
 from nextscale.generators.mar import MARGenerator, MARGeneratorConfig, take
 from nextscale.heads.diffusion_mlp import DiffusionMLPHead
@@ -223,7 +223,7 @@ class MAR(ContinuousSystem):
 
     def hidden(self, known_BnC: Tensor, order_BL: Tensor, cond_BD: Tensor) -> Tensor:
         """Hidden states (B, L, D) of all cells in orders of raster numbers, given the first n tokens."""
-        cells = resident(grid_cells(Step(self.generator.grid)), order_BL.device)[order_BL]
+        cells = made_once(order_BL.device, grid_cells, Step(self.generator.grid))[order_BL]
         call = self.generator.call_of(known_BnC, cells, cond_BD, 0, slice(known_BnC.shape[1], order_BL.shape[1]))
         hidden: Tensor = self.generator(call, Context())
         return hidden

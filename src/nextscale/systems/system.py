@@ -43,6 +43,7 @@ from nextscale.sampling.generation import (
     picture_seeds,
     smooth_codes,
 )
+from nextscale.sampling.graphs import CapturedSteps
 from nextscale.sampling.guidance import Guidance, make_guidance
 from nextscale.sampling.memory_plan import Batches, needs, plan_batches
 from nextscale.sampling.score import LogProb, score
@@ -50,6 +51,9 @@ from nextscale.sampling.steps import sample_steps, walked
 from nextscale.tokenizers import pyramid
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.tokenizer import Tokenizer
+
+GRAPHS = 64
+"""Graphs that the compiler may make of a network before it leaves the next as it is."""
 
 Schedule = Sequence[tuple[int, int]]  # grids (h, w), coarse to fine
 Label = Any  # what a picture is to be of, as the system takes it
@@ -335,7 +339,8 @@ class System(nn.Module):
                  hooks: Sequence[Hook] = (), callback: Callable[[int, Run], bool | None] | None = None,
                  batch_size: int = 16, memory_limit: int | None = None,
                  on_batch: Callable[[Generation], None] | None = None, progress: bool | None = None,
-                 output: OutputKind = "pil", schedule: Schedule | None = None, **settings: Any) -> Generation:
+                 output: OutputKind = "pil", schedule: Schedule | None = None, doing: str = "drawing",
+                 **settings: Any) -> Generation:
         """Draw pictures.
 
         labels: what pictures are of, one for ``count`` pictures or one a picture, as ``label_rows`` takes them: class
@@ -346,7 +351,7 @@ class System(nn.Module):
         (step, run) after every step; True stops. batch_size: pictures drawn at once, fewer where ``memory_limit`` (in
         bytes, weights included) or what the device has left says so; the log tells. on_batch: called with every batch
         as it is done. progress: None shows it on terminals. output: pil, numpy, torch. schedule: other grids than the
-        trained ones, where the system can follow them (see ``plan_of``).
+        trained ones, where the system can follow them (see ``plan_of``). doing: what the progress line says.
 
         Raises InputError on unknown labels, settings or counts that don't match, and on a limit that is too low.
         """
@@ -358,7 +363,7 @@ class System(nn.Module):
         sizes = self.batches(min(batch_size, len(rows)), plan, guidance, memory_limit, used)
         began, parts, stopped = time.perf_counter(), [], False
         pieces = list(chunks(len(rows), sizes.drawn))
-        with Progress(len(pieces) * walked(plan, hooks), "drawing", progress) as bar:
+        with Progress(len(pieces) * walked(plan, hooks), doing, progress) as bar:
             for piece in pieces:
                 start, run = time.perf_counter(), None
                 for run in self._steps(rows[piece], Keyed.from_seeds(all_seeds[piece], self.device), used,
@@ -380,6 +385,30 @@ class System(nn.Module):
                 if stopped:
                     break
         return joined(parts, output, time.perf_counter() - began)
+
+    def compile_networks(self, backend: Any = "inductor") -> None:
+        """Compile the networks that draw and the decoder, each when it is first used; a size that comes second makes
+        them general ones."""
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+        for model, _ in self.networks(self.plan):
+            model.generator.compile(backend=backend)
+        self.tokenizer.decoder.compile(backend=backend)
+
+    def warm_up(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, compile: bool = True,
+                capture: bool = False, backend: Any = "inductor", hooks: Sequence[Hook] = (),
+                **options: Any) -> list[Hook]:
+        """Make ready for many batches like this one, by drawing it once behind a progress line: what compiling and
+        capturing cost, minutes for a large model, is over when it returns.
+
+        compile: networks and decoder with ``torch.compile``; capture: every step as a CUDA graph (``CapturedSteps``;
+        elsewhere than on CUDA it does nothing). Other arguments: as ``generate``'s. Returns the hooks to draw with.
+        """
+        if compile:
+            self.compile_networks(backend)
+        drawn_with = [*hooks, CapturedSteps()] if capture else list(hooks)
+        self.generate(labels, count, hooks=drawn_with, output="torch", doing="warming up", **options)
+        return drawn_with
 
     def networks(self, plan: Plan, used: Any = None) -> Sequence[tuple[Any, range]]:
         """Who draws the steps of a plan under some settings (None: the model's own), one after the other: what has a

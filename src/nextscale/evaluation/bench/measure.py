@@ -78,8 +78,7 @@ def opaque(name: str, dtype: str, system: Any, drawing: Drawing, hooks: Sequence
 def compiled(system: Any) -> Any:
     """The same with the network and the decoder compiled."""
     twin = copy.deepcopy(system, {id(p): p for p in (*system.parameters(), *system.buffers())})
-    twin.generator.compile()
-    twin.tokenizer.decoder.compile()
+    twin.compile_networks()
     return twin
 
 
