@@ -29,7 +29,8 @@ from nextscale.context import Hook
 from nextscale.devices import listed, resident
 from nextscale.run import At, Run
 
-PROMPTED = {"infinity": tiny_infinity, "star": tiny_star}
+PROMPTED: dict[str, Callable[[], Any]] = {"infinity": tiny_infinity, "star": tiny_star,
+                                          "star in rounds": lambda: tiny_star(rounds=(0, 0, 2, 2))}
 ALL: dict[str, Callable[[], Any]] = {
     **SYSTEMS, **PROMPTED, "hand-over": tiny_pair, "car": test_car.tiny, "flowar": test_flowar.tiny,
     "himar": test_himar.tiny, "mar": test_mar.tiny, "nfig": test_nfig.tiny, "scalar": test_scalar.tiny,
