@@ -27,6 +27,7 @@ from nextscale.sampling.diversevar import DiverseVAR
 from nextscale.sampling.generation import Settings
 from nextscale.systems import folders
 from nextscale.systems.car import CAR, CARConfig
+from nextscale.systems.system import System
 from nextscale.tokenizers.config import TokenizerConfig
 from nextscale.tokenizers.features import ClassifierConfig, PictureClassifier, save_classifier
 from nextscale.training.tokenizer_recipe import save_tokenizer
@@ -149,6 +150,18 @@ def test_more_pictures_go_on_with_those_that_are_there(place: Path, whole: dict[
     assert torch.equal(a, b[:6])
 
 
+def test_compiled_and_captured_drawing_goes_on_with_what_was_drawn_without(
+        place: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(System, "compile_networks", lambda self: compiled.append("networks"))
+    monkeypatch.setattr("nextscale.cli.options.check_graphs", lambda system: compiled.append("graphs"))
+    folder = next((place / "whole" / "blocks").glob("samples-*"))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
+    assert evaluate(place, place / "whole", "--compile", "--graphs") == 0 and compiled == ["networks", "graphs"]
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("0*")} == before
+    assert "hooks" not in figures(place / "whole")["sampling"]
+
+
 def test_samples_leave_as_the_published_evaluator_reads_them(place: Path, whole: dict[str, Any]) -> None:
     with np.load(place / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["arr_0"].shape == (DRAWN, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
@@ -174,7 +187,7 @@ def test_a_hook_acts_on_the_samples_and_on_their_distance(place: Path, whole: di
     assert found["diversity"]["judge"]["reference"] == whole["diversity"]["judge"]["reference"]
     assert "Distance between pictures of one label" in (place / "whole" / "report.html").read_text()
     assert evaluate(place, place / "of-tokenizer", "--hook", "softcfg", model="tokenizer") == 2
-    assert "draws nothing that a hook could act on" in capsys.readouterr().err
+    assert "it draws nothing; leave it out" in capsys.readouterr().err
 
 
 def test_a_controlled_model_is_measured_by_the_maps_of_held_out_pictures(

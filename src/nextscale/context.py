@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ Attend = Callable[[Tensor, "Tensor | None", "Tensor | None", Rows], Tensor]
 
 
 class Hook:
-    """What may be added to a run. Override what you need; a hook keeps nothing itself, but in ``ctx.memory.state``."""
+    """What may be added to a run. Override what you need; a hook keeps nothing itself, but in ``ctx.memory.state``.
+
+    same_pictures: it acts on how pictures are drawn alone, so that samples need not tell of it.
+    """
+
+    same_pictures: ClassVar[bool] = False
 
     def prepare(self, model: Any, plan: Plan, hooks: Sequence[Hook]) -> None:
         """Before the first step, and before scoring: raises InputError, with the reason, where it can't act on this

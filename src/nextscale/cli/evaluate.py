@@ -115,6 +115,8 @@ def evaluate(
     precision: options.PrecisionOption = options.Precision.fp32,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
     weights: options.Weights = None,
     tokenizer_weights: options.TokenizerWeights = None,
 ) -> None:
@@ -146,8 +148,17 @@ def evaluate(
     files = _statistics(statistics or [])
     of_file = None if prompts is None else read_prompts(prompts)
     subject = open_subject(model, precision, device, weights, tokenizer_weights)
-    if hooks and subject.system is None:
-        raise InputError(f"--hook: {model} is a tokenizer, it draws nothing that a hook could act on; leave it out")
+    if subject.system is None:
+        for option, given in {"--hook": hooks, "--compile": compile_, "--graphs": graphs}.items():
+            if given:
+                raise InputError(f"{option}: {model} is a tokenizer, it draws nothing; leave it out")
+    if compile_:
+        subject.system.compile_networks()
+    if graphs:
+        from nextscale.sampling.graphs import CapturedSteps
+
+        options.check_graphs(subject.system)
+        hooks.append(CapturedSteps())
     if not subject.takes_prompts and (prompts is not None or text_judge is not None):
         given = "--text-judge" if prompts is None else "--prompts"
         raise InputError(f"{given}: {model} draws no prompts; leave it out")

@@ -91,12 +91,8 @@ def generate(
     threads: options.Threads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures drawn at once.")] = 16,
     memory_limit: options.MemoryLimit = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile network and decoder first: for many batches of one size.")
-    ] = False,
-    graphs: Annotated[
-        bool, typer.Option("--graphs", help="Capture the steps as CUDA graphs first: for many batches of one size.")
-    ] = False,
+    compile_: options.Compile = False,
+    graphs: options.Graphs = False,
     schedule: options.Grids = None,
     control: options.Controls = None,
     control_kind: options.ControlKinds = None,
@@ -152,8 +148,8 @@ def generate(
         **options.sampling_changes(guidance_scale, guidance_schedule, temperature, top_k, top_p, smooth),
         **options.own_settings(set_, system, purpose.value),
     }
-    if graphs and system.device.type != "cuda":
-        raise InputError("--graphs: steps are captured as CUDA graphs; leave it out, or use --device cuda")
+    if graphs:
+        options.check_graphs(system)
     cold = compile_ or graphs
 
     def draw(group: prompted.Asked, **more: Any) -> Generation:

@@ -103,6 +103,12 @@ Hooks = Annotated[
     typer.Option("--hook", help="Something to act on the run, as in 'fastvar ratio=0.5'. May be repeated; the first "
                  "acts innermost. `nextscale hooks` lists them."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile network and decoder first: for many batches of one size.")
+]
+Graphs = Annotated[
+    bool, typer.Option("--graphs", help="Capture the steps as CUDA graphs first: for many batches of one size.")
+]
 PurposeOption = Annotated[Purpose, typer.Option("--purpose", help="Which published settings to start from.")]
 PrecisionOption = Annotated[
     Precision,
@@ -321,6 +327,12 @@ def fit_picture(image: Image.Image, name: str, size: tuple[int, int], resize: bo
             f"{name} is {image.width}x{image.height} pixels, this model takes {width}x{height}; add --resize to fit it"
         )
     return resize_crop(image, size)
+
+
+def check_graphs(system: Any) -> None:
+    """Raises InputError where a system's device has no CUDA graphs."""
+    if system.device.type != "cuda":
+        raise InputError("--graphs: steps are captured as CUDA graphs; leave it out, or use --device cuda")
 
 
 def make_hooks(given: list[str] | None) -> list[Any]:

@@ -251,7 +251,7 @@ class Evaluation:
             "training": self.training_pictures and dict(self.training_pictures.request)}
         if self.subject.system is not None:
             used = self.subject.system.settings_for(self.wanted.purpose, dict(self.wanted.settings))
-            figures["sampling"] = asdict(used) | ({"hooks": [repr(hook) for hook in self.hooks]} if self.hooks else {})
+            figures["sampling"] = asdict(used) | sets.told(self.hooks)
         figures["features"] = {e.name: self._of_extractor(e) for e in self.extractors}
         if self.prompts is not None:
             figures["prompts"] = {"source": self.prompts.source, "different": len(self.prompts.different)}

@@ -250,6 +250,12 @@ def _sizes(names: Sequence[Sequence[str]]) -> str:
     return " x ".join(str(len(kind)) for kind in names) or "none"
 
 
+def told(hooks: Sequence[Hook]) -> dict[str, list[str]]:
+    """What pictures hang on of the hooks that they are drawn with."""
+    found = [repr(hook) for hook in hooks if not hook.same_pictures]
+    return {"hooks": found} if found else {}
+
+
 def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[str, Any], seed: int, purpose: str,
                   settings: Mapping[str, Any], batch_size: int, hooks: Sequence[Hook] = (),
                   labels_of: Callable[[Tensor], Any] | None = None,
@@ -263,7 +269,7 @@ def sample_blocks(out: Any, subject: Subject, labels_Nn: Tensor, rule: Mapping[s
     """
     used = subject.system.settings_for(purpose, dict(settings))
     request = {"model": subject.fingerprint, "seed": seed, "settings": repr(used), "size": list(subject.size),
-               "labels": dict(rule), **({"hooks": [repr(hook) for hook in hooks]} if hooks else {})}
+               "labels": dict(rule), **told(hooks)}
 
     def make(block: range) -> dict[str, Tensor]:
         rows_Bn = labels_Nn[block.start:block.stop]

@@ -128,6 +128,8 @@ class CapturedSteps(Hook):
     hooks that act inside the network.
     """
 
+    same_pictures = True
+
     capture: Capture | None = None
     keep: int = 4
     _families: OrderedDict[Hashable, Family] = field(default_factory=OrderedDict, init=False, repr=False)
