@@ -5,7 +5,7 @@ hooks wrap them, the first in the list innermost.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from nextscale import registry
 from nextscale.configuration import build
 from nextscale.errors import InputError, did_you_mean
 from nextscale.layers.adaln import gated_sum
-from nextscale.layers.attention import Marks, Rule, attention, by_head, pairs, visibility_mask
+from nextscale.layers.attention import Marks, Rule, attention, by_head, dense_mask, pairs, visibility_mask
 from nextscale.layers.memory import Group, Memory, Tags
 from nextscale.plan import Plan, Visibility
 from nextscale.run import At, Call, Rows, Run, Sample
@@ -329,12 +329,26 @@ class Context:
             self._check(rows, keys, address)
         if not rows.masked and not rows.narrowed and keys.valid is None:
             return None
-        # Addresses that hold the same rows share one mask. The tensors are kept with it, so that their ids stay theirs.
-        valid = None if keys.valid is None else id(keys.valid)  # compilers before torch 2.13 don't know id(None)
-        key = (id(rows.step), id(keys.step), valid, rows.narrowed)
+        rules = (_Steps(rows.visible), *rows.narrowed) if rows.masked else rows.narrowed
+        if torch.compiler.is_compiling() and self.memory is None and keys.valid is None:
+            # Made before the network (``expect``), of tensors that are the same in every step of training.
+            made = self.scratch.get((rows.narrowed, id(rows.step), id(keys.step), 0))
+            if made is not None:
+                return made[0]
+        form = dense_mask if torch.compiler.is_compiling() else visibility_mask
+        return self.shared(rows.narrowed, (rows.step, keys.step, keys.valid), lambda: form(rules, rows.tags, keys))
+
+    def shared(self, name: Hashable, tensors: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
+        """What hangs on some tensors alone: made once a call for all who ask, as addresses that hold the same rows do.
+
+        A compiler would tell tensors by their ids, and so start anew with every run; it makes the value for each, and
+        finds by itself what is the same.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        key = (name, *(0 if t is None else id(t) for t in tensors))
         if key not in self.scratch:
-            rules = (_Steps(rows.visible), *rows.narrowed) if rows.masked else rows.narrowed
-            self.scratch[key] = (visibility_mask(rules, rows.tags, keys), rows.step, keys)
+            self.scratch[key] = make(), tensors  # the tensors are kept, so that their ids stay theirs
         return self.scratch[key][0]
 
     def _check(self, rows: Rows, keys: Tags, address: str) -> None:

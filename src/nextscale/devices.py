@@ -33,8 +33,8 @@ def resident(table: Tensor, device: torch.device) -> Tensor:
 
 
 def made_once(device: torch.device, make: Callable[..., Tensor], *given: Hashable) -> Tensor:
-    """``make(*given)`` on a device, where that hangs on what is given alone: made, and copied there, once. A compiler
-    makes it a constant of its graph."""
+    """``make(*given)`` on a device, where that hangs on what is given alone: made, and copied there, once. Within a
+    compiled graph it is a constant that is copied in every call."""
     if torch.compiler.is_compiling():
         return make(*given).to(device)
     return resident(_made(make, given), device)
@@ -51,7 +51,7 @@ def _listed(numbers: tuple[float, ...], dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _made(make: Callable[..., Tensor], given: tuple[Hashable, ...]) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         return make(*given)
 
 

@@ -104,10 +104,10 @@ Hooks = Annotated[
                  "acts innermost. `nextscale hooks` lists them."),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile network and decoder first: for many batches of one size.")
+    bool, typer.Option("--compile", help="Compile network and decoder: for many batches of one size.")
 ]
 Graphs = Annotated[
-    bool, typer.Option("--graphs", help="Capture the steps as CUDA graphs first: for many batches of one size.")
+    bool, typer.Option("--graphs", help="Capture the steps as CUDA graphs: for many batches of one size.")
 ]
 PurposeOption = Annotated[Purpose, typer.Option("--purpose", help="Which published settings to start from.")]
 PrecisionOption = Annotated[

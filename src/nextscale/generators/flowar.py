@@ -168,10 +168,7 @@ class TwoStacks(nn.Module):
 
     def turn(self, rows: Rows, ctx: Context) -> Turn:
         """Cosines and sines (1|R, 1, L, E) of the rows' places, made once a call."""
-        key = ("turn", id(rows.cell), id(rows.step))
-        if key not in ctx.scratch:  # the tensors are kept with it, so that their ids stay theirs
-            ctx.scratch[key] = (self._turn(rows), rows.cell, rows.step)
-        found: Turn = ctx.scratch[key][0]
+        found: Turn = ctx.shared("turn", (rows.cell, rows.step), lambda: self._turn(rows))
         return found
 
     def _turn(self, rows: Rows) -> Turn:

@@ -123,17 +123,17 @@ class RotarySelfAttention(SelfAttention):
 
     def turn(self, rows: Rows, ctx: Context, width: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (1|R, 1, L, E) of rows; blocks that see the same rows share them."""
-        key = ("turn", id(rows.step), id(rows.cell), width)
-        if key not in ctx.scratch:
-            if ctx.plan is None:
-                raise InputError("attention: rotary positions need the plan that the rows are of, but this pass "
-                                 "doesn't say which")
-            place = self.places(ctx.plan, rows)
-            cos, sin = rotation(place, width, self.theta)
-            # The rows are kept with it, so that their ids stay theirs.
-            ctx.scratch[key] = cos[:, None], sin[:, None], rows.step, rows.cell
-        cos, sin, *_ = ctx.scratch[key]
-        return cos, sin
+        plan = ctx.plan
+        if plan is None:
+            raise InputError("attention: rotary positions need the plan that the rows are of, but this pass doesn't "
+                             "say which")
+
+        def make() -> tuple[Tensor, Tensor]:
+            cos, sin = rotation(self.places(plan, rows), width, self.theta)
+            return cos[:, None], sin[:, None]
+
+        found: tuple[Tensor, Tensor] = ctx.shared(("turn", width), (rows.step, rows.cell), make)
+        return found
 
     def places(self, plan: Plan, rows: Rows) -> Tensor:
         """Where rows lie, (1|R, L, 2): round(cell * H / h) on the grid H of ``largest_grid``, of height and width."""

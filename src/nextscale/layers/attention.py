@@ -105,19 +105,19 @@ class _Explicit(torch.autograd.Function):
 
 
 def unit_gains(gain_1H11: Tensor) -> Tensor:
-    """Gains of queries and keys for ``unit_heads``, (1, 2, H, 1): those of the heads, and 1."""
-    return torch.stack([gain_1H11, torch.ones_like(gain_1H11)], 1)[..., 0]
+    """Gains of queries and keys for ``unit_heads``, (1, 1, 2, H, 1): those of the heads, and 1."""
+    return torch.stack([gain_1H11, torch.ones_like(gain_1H11)], 1)[:, None, ..., 0]
 
 
-def unit_heads(qkv_RLC: Tensor, gain_12H1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unit_heads(qkv_RLC: Tensor, gain_R12H1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (R, L, 3C) to heads q, k, v (R, H, L, E); q and k of length 1 times the gains of ``unit_gains``."""
     if qkv_RLC.dtype == torch.bfloat16 and trains_in_bf16_on_cpu(qkv_RLC):
-        return UnitHeads.apply(qkv_RLC, gain_12H1[:, 0, :, None], 1e-12)
+        return UnitHeads.apply(qkv_RLC, gain_R12H1[:1, 0, 0, :, None], 1e-12)
     # Queries and keys together, before they are split: half the passes over memory of normalising each.
-    parts_RL3HE = qkv_RLC.unflatten(-1, (3, gain_12H1.shape[2], -1))
+    parts_RL3HE = qkv_RLC.unflatten(-1, (3, gain_R12H1.shape[3], -1))
     units_RL2HE = parts_RL3HE[:, :, :2]
     length = torch.linalg.vector_norm(units_RL2HE, dim=-1, keepdim=True).clamp_min(1e-12)
-    q, k = (units_RL2HE * (gain_12H1.to(length.dtype) / length)).permute(2, 0, 3, 1, 4)
+    q, k = (units_RL2HE * (gain_R12H1.to(length.dtype) / length)).permute(2, 0, 3, 1, 4)
     return q, k, parts_RL3HE[:, :, 2].transpose(1, 2)
 
 

@@ -111,7 +111,7 @@ def _gelu_tables() -> tuple[Tensor, Tensor]:
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """layer_norm(x) (1 + scale) + shift of x (R, L, C) with scale and shift (R, 1, C); statistics in float32, the
+    """layer_norm(x) gain + shift of x (R, L, C) with gain and shift (R, 1, C); statistics in float32, the
     result in bfloat16.
 
     For one picture that is layer normalisation with learned scale and shift, whose kernel does it in one pass forward

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nextscale.devices import listed
 from nextscale.objectives.teacher_forcing import teacher_forced
-from nextscale.plan import Plan
+from nextscale.plan import Plan, places
 
 Direction = Literal["student-teacher", "teacher-student"]
 
@@ -39,7 +40,7 @@ def distillation_loss(student: Any, teacher: Any, plan: Plan, tokens: Sequence[T
     hidden = teacher_forced(student.generator, plan, reads, conditions[0])
     apart_BL = divergence(student.head(hidden), wanted_BLV, direction)
     apart_BL = apart_BL.mean(-1) if apart_BL.ndim > 2 else apart_BL
-    weight_L = torch.tensor(step_weights, device=apart_BL.device)[plan.step_of_row.to(apart_BL.device)]
+    weight_L = listed(step_weights, apart_BL.device, torch.float32)[places(plan, apart_BL.device)[1][0]]
     loss = (apart_BL * weight_L).sum() / (len(apart_BL) * weight_L.sum()).clamp_min(1e-12)
     if further is not None:
         loss = loss + further(hidden, taught)

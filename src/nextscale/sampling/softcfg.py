@@ -101,11 +101,13 @@ class SoftCFG(Hook):
         # Before step 2 there is nothing but the condition; a control tower's values are not of the picture's tokens.
         if step < 2 or self.budget == 0 or address.startswith("control."):
             return k, v
-        name = (CONFIDENCE, step, id(keys.step), id(keys.cell), id(keys.valid))
-        if name not in ctx.scratch:  # with the tags, so that their ids stay theirs
+
+        def make() -> Tensor:
             found = self.weights(ctx, keys, rows)
-            ctx.scratch[name] = (found if found.ndim == 3 else found[:, None])[..., None], keys
-        weight_RHN1 = ctx.scratch[name][0][:len(v)]  # an address may hold the leading branches alone
+            return (found if found.ndim == 3 else found[:, None])[..., None]
+
+        shared: Tensor = ctx.shared((CONFIDENCE, step), (keys.step, keys.cell, keys.valid), make)
+        weight_RHN1 = shared[:len(v)]  # an address may hold the leading branches alone
         if self.reads != "values":
             k = (k * weight_RHN1).to(k.dtype)
         return k, v if self.reads == "keys" else (v * weight_RHN1).to(v.dtype)

@@ -107,6 +107,10 @@ class CollaborativeSystem(VAR):
         self.drafter.to(next(self.head.parameters()).dtype)
         return self
 
+    def compile_networks(self, backend: Any = "inductor") -> None:
+        super().compile_networks(backend)
+        self.drafter.generator.compile(backend=backend)
+
     # Sampling and likelihood
 
     def steps_drafted(self, given: int | None) -> int:

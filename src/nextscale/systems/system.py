@@ -391,8 +391,7 @@ class System(nn.Module):
         them general ones."""
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
-        for model, _ in self.networks(self.plan):
-            model.generator.compile(backend=backend)
+        self.generator.compile(backend=backend)
         self.tokenizer.decoder.compile(backend=backend)
 
     def warm_up(self, labels: Sequence[Label] | Label = None, count: int | None = None, *, compile: bool = True,
@@ -402,7 +401,8 @@ class System(nn.Module):
         capturing cost, minutes for a large model, is over when it returns.
 
         compile: networks and decoder with ``torch.compile``; capture: every step as a CUDA graph (``CapturedSteps``;
-        elsewhere than on CUDA it does nothing). Other arguments: as ``generate``'s. Returns the hooks to draw with.
+        elsewhere than on CUDA it does nothing). Other arguments: as ``generate``'s, whose batches should have the same
+        size: another is compiled and captured when it comes. Returns the hooks to draw with.
         """
         if compile:
             self.compile_networks(backend)
