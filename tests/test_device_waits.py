@@ -72,8 +72,8 @@ def test_smooth_codes_and_settings_a_step_copy_nothing() -> None:
     assert not waits(tiny_var(), top_k=tuple(range(2, steps + 2)), top_p=0.9, temperature=0.8)
 
 
-@pytest.mark.parametrize("name", ["var", "hand-over", "flexvar", "hmar", "hmar in rounds", "m_var", "nfig", "srdd", "flowar",
-                                  "himar", "mar", "xar"])
+@pytest.mark.parametrize("name", ["var", "hand-over", "flexvar", "hmar", "hmar in rounds", "m_var", "nfig", "srdd",
+                                  "flowar", "himar", "mar", "xar"])
 def test_a_loss_and_its_gradient_copy_nothing(name: str) -> None:
     """From the second step on. FlexVAR's steps are others every time, and so is what they need."""
     system = ALL[name]().train()
