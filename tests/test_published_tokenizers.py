@@ -73,7 +73,7 @@ def test_llamagen_s_tokenizer_gives_the_published_outputs() -> None:
     canvas = pyramid.replay([recorded["image_tokens"].long().view(2, -1)], canvas).canvas
     close(canvas.value, recorded["image_quantized"], 3e-4)
     picture = tokenizer.decoder(tokenizer.from_latent(canvas.value))
-    close(picture[:1, :, ::2, ::2], recorded["image_reconstruction"], 1e-3)
+    close(picture[:1, :, ::4, ::4], recorded["image_reconstruction"], 1e-3)
 
 
 def test_llamagen_s_three_latent_losses_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_infinity_s_tokenizer_gives_the_published_outputs(kind: str) -> None:
     for k, bits in enumerate(found.tokens):
         assert torch.equal(bits, recorded[f"bits.{k}"].bool().reshape(bits.shape))
     close(found.canvas.value, recorded["quantized"].reshape(found.canvas.value.shape), 3e-4)
-    close(tokenizer.decode(found.canvas), recorded["reconstruction"], 1e-3)
+    close(tokenizer.decode(found.canvas)[..., ::2, ::2], recorded["reconstruction"], 1e-3)
     close(torch.cat([read for read in found.reads if read is not None], 1), recorded["tf_input"], 3e-4)
 
 
@@ -125,8 +125,8 @@ def test_kl_16_gives_the_published_outputs() -> None:
     close(tokenizer.latent(recorded["image"]), 0.2325 * moments[:, :given["embed_dim"]], 1e-6)
     torch.testing.assert_close(gaussian.divergence(moments), recorded["vae_kl"][0], rtol=1e-4, atol=1e-4)
     unclamped = tokenizer.decoder(tokenizer.from_latent(tokenizer.quantiser.unscaled(drawn)))
-    close(unclamped[..., ::2, ::2], recorded["vae_decoded"], 1e-3)
-    close(tokenizer.decode(drawn)[..., ::2, ::2], recorded["vae_decoded"].clamp(-1, 1), 1e-3)
+    close(unclamped[..., ::4, ::4], recorded["vae_decoded"], 1e-3)
+    close(tokenizer.decode(drawn)[..., ::4, ::4], recorded["vae_decoded"].clamp(-1, 1), 1e-3)
 
 
 @pytest.mark.parametrize("name, parameters", [
