@@ -214,7 +214,7 @@ def test_hooks_stand_beside_the_plain_run() -> None:
 def test_a_compiled_contestant_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs alone: making code of them takes a compiler and its time."""
     plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, backend: plain(module, backend="eager"))
     result = measure(replace(RANDOM, compile=True))
     found = result["contestants"]["compiled fp32"]
     assert found["against"]["tokens"]["equal"] == 60 and "phases" not in found
@@ -230,7 +230,7 @@ def test_a_compiled_contestant_draws_the_same(monkeypatch: pytest.MonkeyPatch) -
 def test_captured_contestants_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a recorder in the place of a GPU's graphs."""
     plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain(module, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, backend: plain(module, backend="eager"))
     monkeypatch.setattr(measuring, "CapturedSteps", lambda: CapturedSteps(Recorders()))
     monkeypatch.setattr(filters, "_by_numpy", lambda logits: False)
     given = replace(RANDOM, compile=True)
