@@ -151,16 +151,17 @@ def test_heads_too_narrow_for_a_gpu_s_products_are_not_left_to_its_kernel(monkey
 def test_every_shape_is_compiled_and_none_is_left_to_the_slow_kernel() -> None:
     """Beyond the compiler's own limit of 8, which is as it was afterwards."""
     torch._dynamo.reset()
-    before, counter = torch._dynamo.config.recompile_limit, CompileCounter()
+    before, counter = 8, CompileCounter()
     compiled, window = compiled_flex_attention(counter), window_of(UNEVEN, (0.2,) * 5, 3)
     plan = Plan.scales(UNEVEN)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=before):
         for count in range(1, 12):
             query, key = tags_of(plan).first(4 * count), tags_of(plan)
             q, k, v = (torch.randn(1, 1, n, 16) for n in (len(query), len(key), len(key)))
             found = compiled(q, k, v, block_mask=block_mask([window], query, key))
             torch.testing.assert_close(found, attention(q, k, v, dense_mask([window], query, key)))
-    assert counter.frame_count == 11 > before == torch._dynamo.config.recompile_limit
+        assert torch._dynamo.config.recompile_limit == before
+    assert counter.frame_count == 11 > before
 
 
 def test_masks_are_made_on_the_very_device_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
