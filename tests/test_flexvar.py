@@ -317,7 +317,7 @@ def test_only_the_scales_of_a_step_s_schedule_are_told() -> None:
         read, = settle([dict(metrics)])
         told.append({name for name in read if name.startswith("nats_")})
         assert loss is not None and {f"accuracy_{name[5:]}" for name in told[-1]} < read.keys()
-        assert ("bits_per_dimension" in read) == (len(told[-1]) == 6)
+        assert all(map(math.isfinite, read.values())) and ("bits_per_dimension" in read) == (len(told[-1]) == 6)
     assert len(set(map(frozenset, told))) > 2 and all({"nats_0", "nats_1"} <= names for names in told)
 
 

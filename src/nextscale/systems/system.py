@@ -401,8 +401,8 @@ class System(nn.Module):
         capturing cost, minutes for a large model, is over when it returns.
 
         compile: networks and decoder with ``torch.compile``; capture: every step as a CUDA graph (``CapturedSteps``;
-        elsewhere than on CUDA it does nothing). Other arguments: as ``generate``'s, whose batches should have the same
-        size: another is compiled and captured when it comes. Returns the hooks to draw with.
+        elsewhere than on CUDA it does nothing). Other arguments: as ``generate``'s but ``output``; its batches should
+        have the same size, for another is compiled and captured when it comes. Returns the hooks to draw with.
         """
         if compile:
             self.compile_networks(backend)
